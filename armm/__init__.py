@@ -1,0 +1,65 @@
+"""armm: autoregressive visual models as a tokenizer, a shared transformer and a decoding strategy.
+
+This file is the front door. It lists the public names and imports each one the first time it is used, so that
+`import armm` costs milliseconds and pulls in neither torch nor diffusers nor transformers.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from typing import Any
+
+from armm.version import __version__
+
+# Public name -> the module that defines it.
+PUBLIC_NAMES: dict[str, str] = {
+    # what most people need
+    "pipeline": "armm.auto",
+    "list_models": "armm.zoo",
+    # pipelines
+    "ARPipeline": "pipelines.base",
+    "LlamaGenPipeline": "pipelines.llamagen",
+    "UnifiedTextToImagePipeline": "pipelines.unified_text_to_image",
+    "UnifiedImageToTextPipeline": "pipelines.unified_image_to_text",
+    "UnifiedInpaintPipeline": "pipelines.unified_inpaint",
+    # models
+    "ARTransformer": "armm.transformer",
+    "PositionTable": "armm.transformer",
+    "AutoregressiveModel": "armm.model",
+    "Condition": "armm.condition",
+    "CategoricalHead": "armm.heads.categorical",
+    "KVCache": "armm.cache",
+    "attention_backend": "armm.nn.attention",
+    # decoding
+    "Sampler": "armm.decoding.sampling",
+    "NoiseSource": "armm.decoding.sampling",
+    "Guidance": "armm.decoding.guidance",
+    "NextTokenDecoding": "armm.decoding.next_token",
+    "DecodingOutput": "armm.decoding.base",
+    # tokenizers
+    "Codes": "tokenizers_visual.codes",
+    "VisualTokenizer": "tokenizers_visual.base",
+    "VQTokenizer": "tokenizers_visual.vq_tokenizer",
+}
+
+# Public submodules reachable as attributes: `armm.zoo`, `armm.convert.llamagen`, ...
+PUBLIC_MODULES: tuple[str, ...] = ("convert", "data", "evaluation", "training", "weights", "zoo")
+
+__all__ = ["__version__", *PUBLIC_NAMES, *PUBLIC_MODULES]
+
+
+def __getattr__(name: str) -> Any:
+    if name in PUBLIC_NAMES:
+        value = getattr(importlib.import_module(PUBLIC_NAMES[name]), name)
+        globals()[name] = value
+        return value
+    if name in PUBLIC_MODULES:
+        return importlib.import_module(f"armm.{name}")
+    near = difflib.get_close_matches(name, __all__, n=3, cutoff=0.6)
+    hint = f"; did you mean {' or '.join(near)}?" if near else "; see dir(armm) for the public names"
+    raise AttributeError(f"module 'armm' has no attribute '{name}'{hint}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
