@@ -1,0 +1,95 @@
+"""A training task: what is trained, on which batches, against which loss. The trainer knows no more than this."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from abc import ABC, abstractmethod
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from .recipe import Recipe
+
+TASKS = {
+    "vq_tokenizer": "armm.training.tasks.vq_tokenizer:VQTokenizerTask",
+    "unified": "armm.training.tasks.unified:UnifiedTask",
+    "recogniser": "armm.training.tasks.recogniser:RecogniserTask",
+}
+
+Batch = dict[str, torch.Tensor]
+
+
+class TrainingTask(ABC):
+    """Base of all tasks.
+
+    A batch is a pure function of (seed, step, rank): that is why a resumed run continues bit for bit.
+    Attributes:
+        module: everything trained and checkpointed, in one module.
+        adversary: a second network with its own optimizer that is trained against `module`, or None.
+    """
+
+    module: nn.Module
+    adversary: nn.Module | None = None
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+
+    @abstractmethod
+    def prepare(self, device: torch.device) -> None:
+        """Makes or loads the data once, before the first step."""
+
+    @abstractmethod
+    def batch(self, step: int, size: int, rank: int) -> Batch:
+        """The batch of `step`, on the training device."""
+
+    @abstractmethod
+    def loss(self, batch: Batch, step: int, progress: float) -> tuple[torch.Tensor, Batch]:
+        """Scalar loss and detached scalars for the log; called under autocast. `progress` runs from 0 to 1."""
+
+    def adversary_loss(self, batch: Batch, step: int) -> torch.Tensor | None:
+        """Loss of `adversary` after the step of `module`, or None while it rests."""
+        return None
+
+    def after_step(self, step: int, progress: float) -> None:  # noqa: B027
+        """Runs after each optimizer step (moving averages and the like)."""
+
+    def parameter_groups(self) -> list[dict]:
+        """Weight decay on matrices only."""
+        parameters = [p for p in self.module.parameters() if p.requires_grad]
+        return [
+            {"params": [p for p in parameters if p.ndim >= 2]},
+            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        ]
+
+    @abstractmethod
+    def validate(self) -> dict[str, float]:
+        """Figures on unseen data."""
+
+    @abstractmethod
+    def sample(self, path: Path) -> None:
+        """Writes a PNG that shows what the model does now."""
+
+    @abstractmethod
+    def export(self, directory: Path) -> None:
+        """Writes the trained weights in their shipped form."""
+
+    def generator(self, step: int, rank: int, stream: int = 0) -> torch.Generator:
+        """A generator that depends on nothing but the recipe's seed and the arguments."""
+        seed = ((self.recipe.seed * 1_000_003 + step) * 64 + rank) * 8 + stream
+        return torch.Generator().manual_seed(seed)
+
+    @property
+    def export_dtype(self) -> torch.dtype:
+        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.recipe.export_dtype]
+
+
+def build_task(recipe: Recipe) -> TrainingTask:
+    """The task that a recipe names."""
+    if recipe.task not in TASKS:
+        near = difflib.get_close_matches(recipe.task, TASKS, 2)
+        hint = f"did you mean {near[0]!r}?" if near else f"known tasks: {', '.join(TASKS)}."
+        raise ValueError(f"Unknown task {recipe.task!r}; {hint}")
+    module, _, name = TASKS[recipe.task].partition(":")
+    return getattr(importlib.import_module(module), name)(recipe)

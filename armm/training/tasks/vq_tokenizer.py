@@ -1,0 +1,147 @@
+"""Trains a `VQTokenizer` on rendered scenes: reconstruction, gradient and optional adversarial terms, no downloaded network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from armm.data.scenes import SceneDataset
+from armm.training.images import save_grid, to_pixels
+from armm.training.recipe import Recipe, take
+from armm.training.task import Batch, TrainingTask
+from tokenizers_visual.quantizers import MovingAverageCodebook
+from tokenizers_visual.vq_tokenizer import VQTokenizer
+
+from .discriminator import PatchDiscriminator, hinge_discriminator_loss
+
+
+class VQTokenizerTask(TrainingTask):
+    """Recipe mappings:
+
+    model: arguments of `VQTokenizer`, and `compile: bool`.
+    data: scenes (how many are rendered once), size (pixels), seed, validation (scenes).
+    loss: weights `l1`, `l2`, `gradient` (L1 of image gradients at three scales, a perceptual-style term that keeps edges),
+        `commitment`, `adversarial` (hinge PatchGAN, Esser et al., from fraction `adversarial_start` on); `codebook_decay`, and
+        `restart_until`: the fraction of the run in which dead codes are restarted.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        super().__init__(recipe)
+        self.data = take(recipe.data, "data", scenes=20000, size=64, seed=0, validation=256)
+        self.weights = take(
+            recipe.loss,
+            "loss",
+            l1=1.0,
+            l2=2.0,
+            gradient=0.5,
+            commitment=0.25,
+            adversarial=0.0,
+            adversarial_start=0.5,
+            codebook_decay=0.98,
+            restart_until=0.6,
+        )
+        self.tokenizer = VQTokenizer(**recipe.model).to(memory_format=torch.channels_last)
+        self.codebook = MovingAverageCodebook(self.tokenizer.quantizer, decay=self.weights["codebook_decay"])
+        self.module = nn.ModuleDict({"tokenizer": self.tokenizer, "codebook": self.codebook})
+        if self.weights["adversarial"] > 0:
+            self.adversary = PatchDiscriminator()
+        self._vectors = torch.empty(0)
+        self._ids = torch.empty(0, dtype=torch.int64)
+        self._reconstruction = torch.empty(0)
+        self._restarted = 0
+
+    def prepare(self, device: torch.device) -> None:
+        data = self.data
+        cache = Path(self.recipe.output) / "cache"
+        self.device = device
+        self.images = SceneDataset.prepare(data["scenes"], data["size"], data["seed"], split="train", cache_dir=cache).images
+        self.unseen = SceneDataset.prepare(
+            data["validation"], data["size"], data["seed"] + 1, split="heldout", cache_dir=cache
+        ).images
+
+    def batch(self, step: int, size: int, rank: int) -> Batch:
+        rows = torch.randint(len(self.images), (size,), generator=self.generator(step, rank))
+        pixels = to_pixels(self.images[rows].to(self.device, non_blocking=True))
+        return {"pixels": pixels.contiguous(memory_format=torch.channels_last)}
+
+    def loss(self, batch: Batch, step: int, progress: float) -> tuple[torch.Tensor, Batch]:
+        pixels, weights = batch["pixels"], self.weights
+        tokenizer = self.tokenizer
+        features = tokenizer.features(pixels)
+        grid = (1, features.shape[-2], features.shape[-1])
+        vectors = features.flatten(2).transpose(1, 2)
+        if not self.codebook.started:
+            flat = tokenizer.quantizer.normalize(vectors.detach()).flatten(0, 1)
+            self.codebook.initialise(tokenizer.quantizer, flat, self.generator(step, 0, stream=1))
+        quantized = tokenizer.quantizer(vectors)
+        reconstruction = tokenizer.decode_vectors(quantized.vectors, grid).float()
+        self._vectors = tokenizer.quantizer.normalize(vectors.detach()).flatten(0, 1)
+        self._ids = quantized.ids.flatten()
+        self._reconstruction = reconstruction.detach()
+        difference = reconstruction - pixels
+        l1, l2 = difference.abs().mean(), difference.square().mean()
+        gradient = gradient_loss(reconstruction, pixels)
+        loss = weights["l1"] * l1 + weights["l2"] * l2 + weights["gradient"] * gradient
+        loss = loss + weights["commitment"] * quantized.commitment_loss
+        usage = torch.bincount(self._ids, minlength=tokenizer.codebook_size).float()
+        share = usage / usage.sum()
+        logs = {
+            "l1": l1.detach(),
+            "psnr": -10.0 * torch.log10(l2.detach() / 4.0),
+            "commitment": quantized.commitment_loss.detach(),
+            "perplexity": (-(share * (share + 1e-10).log()).sum()).exp(),
+            "used": (self.codebook.usage > 0.03 * self.codebook.usage.mean()).sum(),
+        }
+        if self.adversary is not None and progress >= weights["adversarial_start"]:
+            generator_loss = -self.adversary(reconstruction).mean()
+            loss = loss + weights["adversarial"] * generator_loss
+            logs["generator"] = generator_loss.detach()
+        return loss, logs
+
+    def adversary_loss(self, batch: Batch, step: int) -> torch.Tensor | None:
+        if self.adversary is None or step < self.weights["adversarial_start"] * self.recipe.steps:
+            return None
+        return hinge_discriminator_loss(self.adversary(batch["pixels"]), self.adversary(self._reconstruction))
+
+    def after_step(self, step: int, progress: float) -> None:
+        restart = progress < self.weights["restart_until"] and step % 20 == 19
+        self.codebook.update(self.tokenizer.quantizer, self._vectors, self._ids, restart=restart)
+
+    def validate(self) -> dict[str, float]:
+        errors, ids = [], []
+        for chunk in self.unseen.split(64):
+            pixels = to_pixels(chunk.to(self.device))
+            codes = self.tokenizer.encode(pixels)
+            restored = self.tokenizer.decode(codes).float().clamp(-1, 1)
+            errors.append((restored - pixels).square().flatten(1).mean(1))
+            ids.append(codes.ids)
+        psnr = -10.0 * torch.log10(torch.cat(errors) / 4.0)
+        return {"psnr": round(psnr.mean().item(), 3), "codes_used": torch.cat(ids).unique().numel()}
+
+    def sample(self, path: Path) -> None:
+        pixels = to_pixels(self.unseen[:16].to(self.device))
+        restored = self.tokenizer.decode(self.tokenizer.encode(pixels)).float()
+        pairs = torch.stack([pixels, restored], 1).flatten(0, 1)
+        save_grid(pairs, path, columns=8)
+
+    def export(self, directory: Path) -> None:
+        tokenizer = VQTokenizer.from_config(self.tokenizer.config)
+        tokenizer.load_state_dict(self.tokenizer.state_dict())
+        quantizer = tokenizer.quantizer
+        tokenizer.to(self.export_dtype)
+        tokenizer.quantizer = quantizer.float()
+        tokenizer.save_pretrained(directory)
+
+
+def gradient_loss(first: torch.Tensor, second: torch.Tensor, scales: int = 3) -> torch.Tensor:
+    """L1 distance of horizontal and vertical differences of two images `[B, 3, H, W]`, averaged over `scales` halvings."""
+    total = first.new_zeros(())
+    for scale in range(scales):
+        if scale:
+            first, second = F.avg_pool2d(first, 2), F.avg_pool2d(second, 2)
+        difference = first - second
+        total = total + difference.diff(dim=-1).abs().mean() + difference.diff(dim=-2).abs().mean()
+    return total / scales

@@ -1,0 +1,27 @@
+"""Visual tokenizers: pixels <-> codes. Knows `armm.nn` and nothing else of armm."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_PUBLIC = {
+    "Codes": "tokenizers_visual.codes",
+    "VisualTokenizer": "tokenizers_visual.base",
+    "ConvEncoder": "tokenizers_visual.autoencoder",
+    "ConvDecoder": "tokenizers_visual.autoencoder",
+    "VectorQuantizer": "tokenizers_visual.quantizers",
+    "VQTokenizer": "tokenizers_visual.vq_tokenizer",
+}
+
+__all__ = sorted(_PUBLIC)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'tokenizers_visual' has no attribute {name!r}; it has {', '.join(__all__)}")
+    return getattr(importlib.import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,227 @@
+"""The convolutional encoder and decoder shared by every VQGAN-style tokenizer (Esser et al., arXiv 2012.09841).
+
+Residual blocks with group norm, an attention block after each residual block of the lowest resolution, stride-2
+convolutions down (zero padding right and bottom) and nearest-neighbour upsampling. What varies between published
+tokenizers (widths, depths, attention, groups) are arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from armm.nn.attention import attention
+
+
+def _norm(channels: int, groups: int) -> nn.GroupNorm:
+    return nn.GroupNorm(groups, channels, eps=1e-6)
+
+
+class ResidualBlock(nn.Module):
+    """x + conv2(silu(norm2(conv1(silu(norm1(x)))))), with a 1x1 `shortcut` where the width changes."""
+
+    def __init__(self, in_channels: int, out_channels: int, norm_groups: int = 32) -> None:
+        super().__init__()
+        self.norm1 = _norm(in_channels, norm_groups)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = _norm(out_channels, norm_groups)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return self.shortcut(x) + h
+
+
+class SpatialAttention(nn.Module):
+    """Single-head self-attention over all cells of a feature map `[B, C, H, W]`, with a residual."""
+
+    def __init__(self, channels: int, norm_groups: int = 32) -> None:
+        super().__init__()
+        self.norm = _norm(channels, norm_groups)
+        self.to_q = nn.Linear(channels, channels)
+        self.to_k = nn.Linear(channels, channels)
+        self.to_v = nn.Linear(channels, channels)
+        self.to_out = nn.Linear(channels, channels)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        height, width = x.shape[-2:]
+        h = self.norm(x).flatten(2).transpose(1, 2).unsqueeze(1)  # [B, 1, H*W, C]
+        h = attention(self.to_q(h), self.to_k(h), self.to_v(h))
+        h = self.to_out(h).squeeze(1).transpose(1, 2).unflatten(2, (height, width))
+        return x + h
+
+
+class Downsample(nn.Module):
+    """3x3 convolution with stride 2 after zero padding on the right and the bottom."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Nearest-neighbour upsampling by two, then a 3x3 convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Level(nn.Module):
+    """The blocks of one resolution, then an optional change of resolution."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        num_blocks: int,
+        use_attention: bool,
+        resample: str | None,
+        norm_groups: int,
+    ) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            ResidualBlock(in_channels if i == 0 else out_channels, out_channels, norm_groups) for i in range(num_blocks)
+        )
+        self.attentions = nn.ModuleList(
+            SpatialAttention(out_channels, norm_groups) for _ in range(num_blocks if use_attention else 0)
+        )
+        self.downsample = Downsample(out_channels) if resample == "down" else None
+        self.upsample = Upsample(out_channels) if resample == "up" else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for i, block in enumerate(self.blocks):
+            x = block(x)
+            if len(self.attentions):
+                x = self.attentions[i](x)
+        if self.downsample is not None:
+            x = self.downsample(x)
+        if self.upsample is not None:
+            x = self.upsample(x)
+        return x
+
+
+class ConvEncoder(nn.Module):
+    """Pixels `[B, in_channels, H, W]` -> features `[B, z_channels, H/f, W/f]`, f = patch_size * 2**(levels - 1).
+
+    Args:
+        base_channels: width at the highest resolution; level i has `base_channels * channel_multipliers[i]` channels.
+        num_res_blocks: residual blocks of each level, one number or one for each level.
+        patch_size: side of the pixel blocks folded into channels before the first convolution (1: none).
+        use_attention: attention after each block of the lowest resolution.
+        mid_attention: attention between the two middle blocks.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        base_channels: int,
+        channel_multipliers: Sequence[int],
+        num_res_blocks: int | Sequence[int],
+        z_channels: int,
+        *,
+        patch_size: int = 1,
+        use_attention: bool = True,
+        mid_attention: bool = True,
+        norm_groups: int = 32,
+    ) -> None:
+        super().__init__()
+        widths = [base_channels * m for m in channel_multipliers]
+        blocks = _per_level(num_res_blocks, len(widths))
+        last = len(widths) - 1
+        self.patch_size = patch_size
+        self.conv_in = nn.Conv2d(in_channels * patch_size**2, base_channels, 3, padding=1)
+        self.levels = nn.ModuleList(
+            Level(
+                base_channels if i == 0 else widths[i - 1],
+                width,
+                blocks[i],
+                use_attention and i == last,
+                "down" if i < last else None,
+                norm_groups,
+            )
+            for i, width in enumerate(widths)
+        )
+        self.mid_block1 = ResidualBlock(widths[-1], widths[-1], norm_groups)
+        self.mid_attention = SpatialAttention(widths[-1], norm_groups) if mid_attention else nn.Identity()
+        self.mid_block2 = ResidualBlock(widths[-1], widths[-1], norm_groups)
+        self.norm_out = _norm(widths[-1], norm_groups)
+        self.conv_out = nn.Conv2d(widths[-1], z_channels, 3, padding=1)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        x = F.pixel_unshuffle(pixels, self.patch_size) if self.patch_size > 1 else pixels
+        x = self.conv_in(x)
+        for level in self.levels:
+            x = level(x)
+        x = self.mid_block2(self.mid_attention(self.mid_block1(x)))
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class ConvDecoder(nn.Module):
+    """Features `[B, z_channels, h, w]` -> pixels `[B, out_channels, h*f, w*f]`: the encoder's mirror, not clamped.
+
+    `levels[0]` is the lowest resolution. `channel_multipliers` are given from the highest resolution to the lowest, as for
+    `ConvEncoder`; `num_res_blocks`, where it is a list, likewise.
+    """
+
+    def __init__(
+        self,
+        out_channels: int,
+        base_channels: int,
+        channel_multipliers: Sequence[int],
+        num_res_blocks: int | Sequence[int],
+        z_channels: int,
+        *,
+        patch_size: int = 1,
+        use_attention: bool = True,
+        mid_attention: bool = True,
+        norm_groups: int = 32,
+    ) -> None:
+        super().__init__()
+        widths = [base_channels * m for m in reversed(channel_multipliers)]
+        blocks = list(reversed(_per_level(num_res_blocks, len(widths))))
+        last = len(widths) - 1
+        self.patch_size = patch_size
+        self.conv_in = nn.Conv2d(z_channels, widths[0], 3, padding=1)
+        self.mid_block1 = ResidualBlock(widths[0], widths[0], norm_groups)
+        self.mid_attention = SpatialAttention(widths[0], norm_groups) if mid_attention else nn.Identity()
+        self.mid_block2 = ResidualBlock(widths[0], widths[0], norm_groups)
+        self.levels = nn.ModuleList(
+            Level(
+                widths[0] if i == 0 else widths[i - 1],
+                width,
+                blocks[i],
+                use_attention and i == 0,
+                "up" if i < last else None,
+                norm_groups,
+            )
+            for i, width in enumerate(widths)
+        )
+        self.norm_out = _norm(widths[-1], norm_groups)
+        self.conv_out = nn.Conv2d(widths[-1], out_channels * patch_size**2, 3, padding=1)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        x = self.conv_in(features)
+        x = self.mid_block2(self.mid_attention(self.mid_block1(x)))
+        for level in self.levels:
+            x = level(x)
+        x = self.conv_out(F.silu(self.norm_out(x)))
+        return F.pixel_shuffle(x, self.patch_size) if self.patch_size > 1 else x
+
+
+def _per_level(number: int | Sequence[int], levels: int) -> list[int]:
+    numbers = [number] * levels if isinstance(number, int) else list(number)
+    if len(numbers) != levels:
+        raise ValueError(f"`num_res_blocks` {numbers} must be one number, or one for each of the {levels} levels.")
+    return numbers

@@ -1,0 +1,68 @@
+"""The contract of every visual tokenizer."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+
+from .codes import Codes
+
+
+class VisualTokenizer(ModelMixin, ConfigMixin):
+    """Pixels <-> codes.
+
+    Pixels are float `[B, 3, H, W]` in [-1, 1] (videos `[B, 3, T, H, W]`) whatever range a family used inside.
+    """
+
+    @abstractmethod
+    def encode(self, pixels: torch.Tensor, *, generator: torch.Generator | None = None) -> Codes:
+        """Codes of `pixels`; `generator` matters to tokenizers that sample."""
+
+    @abstractmethod
+    def decode(self, codes: Codes, *, generator: torch.Generator | None = None) -> torch.Tensor:
+        """Pixels of `codes`, not clamped."""
+
+    @abstractmethod
+    def embed(self, codes: Codes) -> torch.Tensor:
+        """The code vectors `[B, N, C]` that the decoder sees."""
+
+    @property
+    @abstractmethod
+    def codebook_size(self) -> int:
+        """Number of different ids; 0 for continuous tokenizers."""
+
+    @property
+    @abstractmethod
+    def downsample(self) -> int:
+        """Pixels per token along each side."""
+
+    @property
+    @abstractmethod
+    def latent_channels(self) -> int:
+        """Width of a code vector."""
+
+    @property
+    def sub_codes(self) -> int:
+        """Ids per position."""
+        return 1
+
+    @property
+    def is_discrete(self) -> bool:
+        return self.codebook_size > 0
+
+    def check_pixels(self, pixels: torch.Tensor) -> None:
+        """Raises ValueError unless `pixels` is float `[B, 3, H, W]` with sides that the tokenizer can tile."""
+        channels = self.config.in_channels
+        if pixels.ndim != 4 or pixels.shape[1] != channels or not pixels.is_floating_point():
+            raise ValueError(
+                f"`pixels` must be a floating point tensor [B, {channels}, H, W] in [-1, 1], got {pixels.dtype} of shape "
+                f"{tuple(pixels.shape)}."
+            )
+        height, width = pixels.shape[-2:]
+        if height % self.downsample or width % self.downsample or not height or not width:
+            raise ValueError(
+                f"`pixels` of {height}x{width} cannot be tiled: both sides must be multiples of {self.downsample}; resize or crop "
+                "the image first."
+            )
