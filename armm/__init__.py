@@ -8,9 +8,22 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import logging
 from typing import Any
 
 from armm.version import __version__
+
+
+
+class _BuildNotice(logging.Filter):
+    """diffusers imports xformers wherever it is installed, and xformers warns at import when its extensions were built
+    for another torch. armm asks xformers only when its attention backend is chosen, and says then what is missing."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return "can't load C++/CUDA extensions" not in str(record.msg)
+
+
+logging.getLogger("xformers").addFilter(_BuildNotice())
 
 # Public name -> the module that defines it.
 PUBLIC_NAMES: dict[str, str] = {

@@ -1,0 +1,82 @@
+"""`armm convert`: a published file as a folder that `from_pretrained` reads."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+from armm.cli.common import DTYPES, add_parser
+from armm.cli.output import atomic_folder, check_new_folder
+
+DESCRIPTION = """\
+Reads a checkpoint as its authors published it and writes a folder for `from_pretrained`: safetensors and JSON.
+Code inside a checkpoint is never run; missing and unknown tensors are errors that name them."""
+
+EXAMPLES = """\
+  armm convert llamagen c2i_B_256.pt --tokenizer vq_ds16_c2i.pt -o llamagen-c2i-b-256
+  armm convert llamagen vq_ds16_c2i.pt -o llamagen-vq-16
+  armm convert llamagen t2i_XL_stage1_256.pt --tokenizer vq_ds16_t2i.pt -o llamagen-t2i --config '{"norm_eps": 1e-5}'
+"""
+
+
+def families() -> list[str]:
+    """Names of the published families that can be converted."""
+    folder = Path(__file__).resolve().parents[1] / "convert"
+    return sorted(file.stem for file in folder.glob("*.py") if "\ndef convert(" in file.read_text(encoding="utf-8"))
+
+
+def add(subparsers: argparse._SubParsersAction) -> None:
+    parser = add_parser(subparsers, "convert", "a published checkpoint as a folder of ours", DESCRIPTION, EXAMPLES)
+    parser.add_argument("family", metavar="FAMILY", help="the published family, such as llamagen")
+    parser.add_argument("file", metavar="FILE", help="the authors' checkpoint: .pt, .pth, .bin or .safetensors")
+    parser.add_argument("-o", "--output", required=True, metavar="DIR", help="new folder to write")
+    parser.add_argument("--tokenizer", metavar="FILE", help="the authors' image tokenizer checkpoint")
+    parser.add_argument(
+        "--config", metavar="JSON", help="JSON text or a .json file with what the checkpoint cannot say"
+    )
+    parser.add_argument("--dtype", choices=DTYPES, help="numbers to store (default: as in the checkpoint)")
+    parser.set_defaults(run=run)
+
+
+def read_config(value: str | None) -> dict[str, Any] | None:
+    """JSON text, or the content of a `.json` file."""
+    if value is None:
+        return None
+    text = value
+    if value.endswith(".json"):
+        if not Path(value).is_file():
+            raise FileNotFoundError(f"--config: no file {value!r}")
+        text = Path(value).read_text(encoding="utf-8")
+    try:
+        config = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--config: {value!r} is neither JSON ({error}) nor a .json file") from None
+    if not isinstance(config, dict):
+        raise ValueError(f'--config: must be a JSON object like {{"key": 1}}, got {text.strip()!r}')
+    return config
+
+
+def run(args: argparse.Namespace) -> int:
+    known = families()
+    if args.family not in known:
+        raise ValueError(f"FAMILY: {args.family!r} is not known; families: {', '.join(known)}")
+    for option, value in (("FILE", args.file), ("--tokenizer", args.tokenizer)):
+        if value is not None and not Path(value).is_file():
+            raise FileNotFoundError(f"{option}: no file {value!r}")
+    config = read_config(args.config)
+    target = check_new_folder("--output", args.output)
+
+    family = importlib.import_module(f"armm.convert.{args.family}")
+    files = {"tokenizer": args.tokenizer} if args.tokenizer is not None else {}
+    converted = family.convert(args.file, **files, config=config)
+    if args.dtype is not None:
+        import torch
+
+        converted = converted.to(dtype=getattr(torch, args.dtype))
+    with atomic_folder(target) as folder:
+        converted.save_pretrained(folder)
+    print(f"{type(converted).__name__} written to {target}")
+    return 0

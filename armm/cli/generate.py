@@ -1,0 +1,146 @@
+"""`armm generate`: pictures from sentences or class labels."""
+
+from __future__ import annotations
+
+import argparse
+import secrets
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from armm.cli.common import (
+    MAX_SEED,
+    add_device_arguments,
+    add_parser,
+    call_arguments,
+    load_pipeline,
+    real,
+    resolve_device,
+    whole,
+)
+from armm.cli.output import IMAGE_SUFFIXES, check_file, image_grid, save_gif, save_image
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+DESCRIPTION = """\
+Makes pictures from sentences (PROMPT, in quotes, one picture each) or from class labels.
+
+Image number i is drawn with the seed SEED + i and its own random stream, so it is the same picture whether it is made
+alone or together with others. Without --seed one is chosen and printed."""
+
+EXAMPLES = """\
+  armm generate "a small red sphere to the left of a large blue cube" -o scene.png
+  armm generate "a shiny cone at night" "two cubes" -o out.png --num-images 4 --grid --seed 3
+  armm generate "a red cone behind a green cube" -o out.png --animate steps.gif
+  armm generate --model llamagen-c2i-b-256 --class-labels 207 360 -o animals.png --guidance-scale 4
+"""
+
+
+def add(subparsers: argparse._SubParsersAction) -> None:
+    parser = add_parser(subparsers, "generate", "pictures from sentences or class labels", DESCRIPTION, EXAMPLES)
+    parser.add_argument(
+        "prompt", nargs="*", metavar="PROMPT", help="what to draw, in quotes; several make several pictures"
+    )
+    parser.add_argument(
+        "-o", "--output", required=True, metavar="FILE", help="picture to write: .png, .jpg, .webp, ..."
+    )
+    parser.add_argument(
+        "--model", default="text-to-image", help="a zoo name, a hub id or a folder (default: the shipped model)"
+    )
+    parser.add_argument(
+        "--class-labels", nargs="+", type=whole(0), metavar="N", help="class numbers instead of prompts"
+    )
+    parser.add_argument(
+        "--num-images", type=whole(1, 4096), default=1, metavar="N", help="pictures per prompt (default: 1)"
+    )
+    parser.add_argument(
+        "--grid", action="store_true", help="put all pictures in one file instead of FILE-0, FILE-1, ..."
+    )
+    parser.add_argument("--guidance-scale", type=real(0.0), metavar="X", help="classifier-free guidance; 1 is none")
+    parser.add_argument(
+        "--temperature", type=real(0.0), metavar="X", help="randomness of the tokens; 0 takes the likeliest"
+    )
+    parser.add_argument("--top-k", type=whole(0), metavar="K", help="draw among the K likeliest tokens; 0 is all")
+    parser.add_argument(
+        "--top-p", type=real(0.0, 1.0, open_minimum=True), metavar="P", help="draw within probability mass P"
+    )
+    parser.add_argument("--seed", type=whole(0, MAX_SEED - 4096 * 4096), help="makes the result reproducible")
+    parser.add_argument("--size", type=whole(8, 8192), metavar="PX", help="enlarge the shorter side to PX pixels")
+    parser.add_argument("--animate", metavar="GIF", help="also write a GIF of the tokens appearing in decode order")
+    parser.add_argument(
+        "--animate-size", type=whole(16, 2048), default=256, metavar="PX", help="its size (default: 256)"
+    )
+    add_device_arguments(parser)
+    parser.set_defaults(run=run)
+
+
+def resized(image: Image.Image, size: int | None) -> Image.Image:
+    """`image` with its shorter side `size` pixels long."""
+    if size is None or min(image.size) == size:
+        return image
+    from PIL import Image as PILImage
+
+    factor = size / min(image.size)
+    shape = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
+    return image.resize(shape, PILImage.Resampling.BICUBIC)
+
+
+def output_paths(path: Path, count: int) -> list[Path]:
+    """`out.png` for one picture; `out-0.png`, `out-1.png`, ... for several."""
+    if count == 1:
+        return [path]
+    digits = len(str(count - 1))
+    return [path.with_name(f"{path.stem}-{index:0{digits}d}{path.suffix}") for index in range(count)]
+
+
+def request(args: argparse.Namespace) -> tuple[dict[str, Any], int]:
+    """What to draw as call arguments, and how many pictures that makes."""
+    if args.prompt and args.class_labels:
+        raise ValueError("give either PROMPTs or --class-labels, not both")
+    if not args.prompt and not args.class_labels:
+        raise ValueError("nothing to draw: give a PROMPT in quotes, or --class-labels (see `armm generate --help`)")
+    for prompt in args.prompt:
+        if not prompt.strip():
+            raise ValueError("a PROMPT is empty; say what to draw")
+    count = len(args.prompt or args.class_labels) * args.num_images
+    if count > 4096:
+        raise ValueError(f"{count} pictures in one run; at most 4096 (PROMPTs times --num-images)")
+    what = {"prompt": args.prompt} if args.prompt else {"class_labels": args.class_labels}
+    return {**what, "num_images_per_prompt": args.num_images if args.num_images > 1 else None}, count
+
+
+def run(args: argparse.Namespace) -> int:
+    what, count = request(args)
+    path = check_file("--output", args.output, IMAGE_SUFFIXES)
+    animation = check_file("--animate", args.animate, (".gif",)) if args.animate is not None else None
+    resolve_device(args.device)
+    seed = secrets.randbelow(2**31) if args.seed is None else args.seed
+
+    import torch
+
+    pipe = load_pipeline(args.model, args)
+    options = {
+        **what,
+        "guidance_scale": args.guidance_scale,
+        "temperature": args.temperature,
+        "top_k": args.top_k,
+        "top_p": args.top_p,
+        "output_codes": True if animation is not None else None,
+    }
+    arguments = call_arguments(pipe, options)
+    generators = [torch.Generator().manual_seed(seed + index) for index in range(count)]
+    output = pipe(**arguments, generator=generators)
+    images = [resized(image, args.size) for image in output.images]
+
+    paths = [path] if args.grid else output_paths(path, len(images))
+    for image, target in zip([image_grid(images)] if args.grid else images, paths, strict=True):
+        save_image(image, target)
+    if animation is not None:
+        from armm.cli.animation import appearing_tokens
+
+        frames, durations = appearing_tokens(pipe, output.codes, args.animate_size, quiet=args.quiet)
+        save_gif(frames, durations, animation)
+        paths.append(animation)
+    if not args.quiet:
+        print(f"{', '.join(map(str, paths))} (seed {seed})")
+    return 0
