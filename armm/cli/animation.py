@@ -70,7 +70,7 @@ def appearing_tokens(pipe: Any, codes: Any, size: int, *, quiet: bool = True) ->
 
 
 def paint(pixels: Any, visible: Any, size: int) -> Image.Image:
-    """One frame: `pixels` uint8 [3, H, W] with a shorter side of `size`, cells that are not `visible` [h, w] neutral."""
+    """One frame: `pixels` uint8 [3, H, W] on a shorter side of `size`, cells not `visible` [h, w] neutral."""
     from PIL import Image as PILImage
     from PIL import ImageDraw
 
