@@ -22,21 +22,16 @@ EXAMPLES = """\
 """
 
 
-def families() -> list[str]:
-    """Names of the published families that can be converted."""
-    folder = Path(__file__).resolve().parents[1] / "convert"
-    return sorted(file.stem for file in folder.glob("*.py") if "\ndef convert(" in file.read_text(encoding="utf-8"))
-
-
 def add(subparsers: argparse._SubParsersAction) -> None:
     parser = add_parser(subparsers, "convert", "a published checkpoint as a folder of ours", DESCRIPTION, EXAMPLES)
     parser.add_argument("family", metavar="FAMILY", help="the published family, such as llamagen")
     parser.add_argument("file", metavar="FILE", help="the authors' checkpoint: .pt, .pth, .bin or .safetensors")
     parser.add_argument("-o", "--output", required=True, metavar="DIR", help="new folder to write")
-    parser.add_argument("--tokenizer", metavar="FILE", help="the authors' image tokenizer checkpoint")
+    parser.add_argument("--tokenizer", metavar="FILE", help="the authors' image tokenizer: makes a pipeline")
     parser.add_argument(
         "--config", metavar="JSON", help="JSON text or a .json file with what the checkpoint cannot say"
     )
+    parser.add_argument("--use-ema", action="store_true", help="take the moving average that some files hold")
     parser.add_argument("--dtype", choices=DTYPES, help="numbers to store (default: as in the checkpoint)")
     parser.set_defaults(run=run)
 
@@ -60,22 +55,25 @@ def read_config(value: str | None) -> dict[str, Any] | None:
 
 
 def run(args: argparse.Namespace) -> int:
-    known = families()
-    if args.family not in known:
-        raise ValueError(f"FAMILY: {args.family!r} is not known; families: {', '.join(known)}")
     for option, value in (("FILE", args.file), ("--tokenizer", args.tokenizer)):
         if value is not None and not Path(value).is_file():
             raise FileNotFoundError(f"{option}: no file {value!r}")
     config = read_config(args.config)
     target = check_new_folder("--output", args.output)
 
-    family = importlib.import_module(f"armm.convert.{args.family}")
-    files = {"tokenizer": args.tokenizer} if args.tokenizer is not None else {}
-    converted = family.convert(args.file, **files, config=config)
-    if args.dtype is not None:
-        import torch
+    import torch
 
-        converted = converted.to(dtype=getattr(torch, args.dtype))
+    from armm.auto import FAMILY_PIPELINES
+    from armm.convert import family_module
+
+    family = family_module(args.family)
+    options = {"config": config, "dtype": getattr(torch, args.dtype) if args.dtype else None, "use_ema": args.use_ema}
+    if args.tokenizer is None:
+        converted = family.convert(args.file, **options)
+    else:
+        module, class_name = FAMILY_PIPELINES[args.family]
+        pipeline_class = getattr(importlib.import_module(module), class_name)
+        converted = pipeline_class.from_single_file(args.file, tokenizer=args.tokenizer, **options)
     with atomic_folder(target) as folder:
         converted.save_pretrained(folder)
     print(f"{type(converted).__name__} written to {target}")

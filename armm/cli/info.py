@@ -54,11 +54,27 @@ def folder_size(name: str) -> int:
     return sum(file.stat().st_size for file in weights.path(name).rglob("*") if file.is_file())
 
 
+def usable_backends() -> list[str]:
+    """Attention backends that can run here, found by running each once on the best device."""
+    import torch
+
+    from armm.nn.attention import BACKENDS, attention
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    rows = torch.zeros(1, 1, 8, 16, device=device, dtype=torch.float16 if device == "cuda" else torch.float32)
+    usable = []
+    for name in BACKENDS:
+        try:
+            attention(rows, rows, rows, backend=name)
+        except (ValueError, RuntimeError, NotImplementedError):
+            continue
+        usable.append(name)
+    return usable
+
+
 def collect() -> dict[str, Any]:
     """Everything the command prints, as one mapping."""
     import torch
-
-    from armm.nn.attention import available_backends
 
     devices = ["cpu"]
     if torch.cuda.is_available():
@@ -73,7 +89,7 @@ def collect() -> dict[str, Any]:
         "devices": devices,
         "cpu_cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "attention_backends": list(available_backends()),
+        "attention_backends": usable_backends(),
         "shipped_weights": {name: folder_size(name) for name in weights.names()},
         "shipped_recipes": weights.recipe_names(),
     }
