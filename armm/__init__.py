@@ -38,7 +38,7 @@ PUBLIC_NAMES: dict[str, str] = {
     "UnifiedInpaintPipeline": "pipelines.unified_inpaint",
     # models
     "ARTransformer": "armm.transformer",
-    "PositionTable": "armm.transformer",
+    "PositionTable": "armm.nn.positions",
     "AutoregressiveModel": "armm.model",
     "Condition": "armm.condition",
     "CategoricalHead": "armm.heads.categorical",
