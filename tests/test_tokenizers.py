@@ -132,9 +132,13 @@ def test_moving_average_codebook_follows_the_data_and_revives_dead_codes():
     vectors = quantizer.normalize(centres[torch.arange(512) % 16] + 0.01 * torch.randn(512, 4))
     codebook.initialise(quantizer, vectors[:1].expand(512, 4), torch.Generator().manual_seed(0))
     assert codebook.started and quantizer.embedding.weight.requires_grad is False
-    revived = 0
+
+    def error():
+        return (quantizer.lookup(quantizer.nearest(vectors, quantizer.codebook())) - vectors).square().sum(-1).mean()
+
+    before, revived = error(), 0
     for step in range(200):
         ids = quantizer.nearest(vectors, quantizer.codebook())
         revived += codebook.update(quantizer, vectors, ids, restart=step < 150)
-    errors = (quantizer.lookup(quantizer.nearest(vectors, quantizer.codebook())) - vectors).square().sum(-1)
-    assert revived > 0 and errors.max() < 0.01
+    assert revived > 0 and error() < 0.5 * before
+    assert codebook.usage.min() > 0.03 * codebook.usage.mean()

@@ -55,7 +55,7 @@ class VQTokenizerTask(TrainingTask):
 
     def prepare(self, device: torch.device) -> None:
         data = self.data
-        cache = Path(self.recipe.output) / "cache"
+        cache = Path(self.recipe.output).parent / "cache"  # shared by the recipes of one folder
         self.device = device
         self.images = SceneDataset.prepare(data["scenes"], data["size"], data["seed"], split="train", cache_dir=cache).images
         self.unseen = SceneDataset.prepare(
