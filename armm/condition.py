@@ -1,0 +1,90 @@
+"""What a model is conditioned on, ready to be fed: embedded tokens, their mask, their positions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Condition:
+    """Prefix tokens of a generation.
+
+    embeds: [B, T, D]. mask: bool [B, T], False where a slot is padding (None: all are real). index: flat position ids
+    [B, T] for models with a position layout of their own (None: the first T positions).
+    """
+
+    embeds: Tensor
+    mask: Tensor | None = None
+    index: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.embeds.dim() != 3:
+            raise ValueError(f"embeds must be [batch, tokens, width], got shape {tuple(self.embeds.shape)}")
+        for name in ("mask", "index"):
+            value = getattr(self, name)
+            if value is not None and tuple(value.shape) != tuple(self.embeds.shape[:2]):
+                raise ValueError(f"{name} must be {tuple(self.embeds.shape[:2])}, got {tuple(value.shape)}")
+
+    @property
+    def batch(self) -> int:
+        return self.embeds.shape[0]
+
+    @property
+    def length(self) -> int:
+        return self.embeds.shape[1]
+
+    def select(self, rows: slice | Tensor) -> Condition:
+        """Some of the rows."""
+        return Condition(
+            self.embeds[rows],
+            None if self.mask is None else self.mask[rows],
+            None if self.index is None else self.index[rows],
+        )
+
+    def repeat(self, times: int) -> Condition:
+        """Every row `times` times, copies next to each other."""
+        return Condition(
+            self.embeds.repeat_interleave(times, 0),
+            None if self.mask is None else self.mask.repeat_interleave(times, 0),
+            None if self.index is None else self.index.repeat_interleave(times, 0),
+        )
+
+    def pad_left(self, length: int) -> Condition:
+        """Masked slots in front, up to `length` tokens."""
+        missing = length - self.length
+        if missing <= 0:
+            return self
+        embeds = torch.cat([self.embeds.new_zeros(self.batch, missing, self.embeds.shape[2]), self.embeds], dim=1)
+        real = self.mask
+        if real is None:
+            real = torch.ones(self.batch, self.length, dtype=torch.bool, device=embeds.device)
+        mask = torch.cat([real.new_zeros(self.batch, missing), real], dim=1)
+        index = self.index
+        if index is not None:
+            index = torch.cat([index.new_zeros(self.batch, missing), index], dim=1)
+        return Condition(embeds, mask, index)
+
+
+def concatenate(conditions: list[Condition]) -> Condition:
+    """All rows of several conditions; shorter ones are padded on the left with masked slots."""
+    length = max(condition.length for condition in conditions)
+    parts = [condition.pad_left(length) for condition in conditions]
+    mask = None
+    if any(part.mask is not None for part in parts):
+        mask = torch.cat(
+            [
+                torch.ones(part.batch, length, dtype=torch.bool, device=part.embeds.device)
+                if part.mask is None
+                else part.mask.bool()
+                for part in parts
+            ]
+        )
+    index = None
+    if any(part.index is not None for part in parts):
+        if any(part.index is None for part in parts):
+            raise ValueError("some of the conditions have position ids and some have none; give them to all or to none")
+        index = torch.cat([part.index for part in parts])
+    return Condition(torch.cat([part.embeds for part in parts]), mask, index)

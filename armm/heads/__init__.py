@@ -1,0 +1,7 @@
+"""Heads: from a hidden state to a distribution or a value."""
+
+from __future__ import annotations
+
+from armm.heads.categorical import CategoricalHead
+
+__all__ = ["CategoricalHead"]

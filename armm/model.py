@@ -1,0 +1,321 @@
+"""AutoregressiveModel: input embedders + trunk + head. One class for every family, described by its config."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils.accelerate_utils import apply_forward_hook
+from torch import Tensor, nn
+
+from armm.condition import Condition
+from armm.heads.categorical import CategoricalHead
+from armm.nn.embedders import CaptionEmbedding, LabelEmbedding
+from armm.nn.masks import causal_key_mask, prefix_mask
+from armm.nn.positions import PositionLayout, PositionTable, image_layout, unified_layout
+from armm.nn.rotary import rotary_table
+from armm.transformer import ARTransformer
+
+__all__ = ["AutoregressiveModel", "Condition"]
+
+
+class AutoregressiveModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
+    """Tokens in, logits out.
+
+    Two kinds of sequence:
+    - with a `condition` embedder: T condition tokens, then the image in raster order. Condition positions have zero
+      rotary rows. T is 1 for {"type": "class", "num_classes": n}, `num_tokens` for {"type": "caption", "in_dim",
+      "num_tokens"}.
+    - with `text_slots`/`answer_slots` (text and image ids in one vocabulary): see `unified_layout` for the flat
+      position
+      ids: text right-aligned in 0 .. text_slots-1, begin-of-image text_slots, the image's cells, text after the image.
+
+    Args:
+        vocab_size: rows of the token embedding and of the head.
+        transformer: keyword arguments of `ARTransformer`. Learned positions, if any, are one row for every flat
+        position.
+        condition: the embedder, or None.
+        grid: (height, width) of the default image, in tokens.
+        text_slots, answer_slots: how many text tokens fit before and after an image.
+        head_bias: whether the head has a bias.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["Block"]
+    _repeated_blocks = ["Block"]
+    _skip_keys = ["cache"]
+    _skip_layerwise_casting_patterns = ["norm", "position_embedding", "token_embedding"]
+
+    @register_to_config
+    def __init__(
+        self,
+        vocab_size: int = 16384,
+        transformer: dict | None = None,
+        condition: dict | None = None,
+        grid: Sequence[int] = (16, 16),
+        text_slots: int = 0,
+        answer_slots: int = 0,
+        head_bias: bool = False,
+    ) -> None:
+        super().__init__()
+        if not isinstance(vocab_size, int) or vocab_size < 1:
+            raise ValueError(f"vocab_size must be a positive integer, got {vocab_size!r}")
+        if condition is not None and (text_slots or answer_slots):
+            raise ValueError(
+                "text_slots and answer_slots belong to models without a condition embedder (condition=None)"
+            )
+        self.vocab_size = vocab_size
+        self.grid = self.check_grid(grid)
+        self.text_slots, self.answer_slots = text_slots, answer_slots
+        self.trunk = ARTransformer.from_dict(dict(transformer or {}))
+        dim = self.trunk.dim
+        self.token_embedding = nn.Embedding(vocab_size, dim)
+        self.condition_type = None if condition is None else condition.get("type")
+        self.condition_embedding = _build_condition(condition, dim)
+        self.head = CategoricalHead(dim, vocab_size, bias=head_bias)
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.head.projection.weight, std=0.02)
+        if head_bias:
+            nn.init.zeros_(self.head.projection.bias)
+        self.gradient_checkpointing = False
+        self._rotary_tables: dict[tuple, Tensor] = {}
+        learned = self.trunk.config.learned_positions
+        if learned and learned != len(self.layout()):
+            raise ValueError(
+                f"learned_positions={learned}, but the layout of this model has {len(self.layout())} positions "
+                f"(prefix {self.prefix_slots}, grid {self.grid}, answer {answer_slots})"
+            )
+
+    def __getattr__(self, name: str):
+        # Submodules only: diffusers would also look in the config, where an entry may have a submodule's name.
+        return nn.Module.__getattr__(self, name)
+
+    # Positions.
+
+    @staticmethod
+    def check_grid(grid: Sequence[int]) -> tuple[int, int]:
+        values = tuple(grid)
+        if len(values) != 2 or any(not isinstance(v, int) or v < 1 for v in values):
+            raise ValueError(f"grid must be two positive integers (height, width) in tokens, got {list(values)}")
+        return values
+
+    @property
+    def is_unified(self) -> bool:
+        """Whether text and image tokens share the vocabulary and the sequence."""
+        return bool(self.text_slots or self.answer_slots)
+
+    @property
+    def prefix_slots(self) -> int:
+        """Number of positions before the first image token."""
+        if self.is_unified:
+            return self.text_slots + 1
+        if self.condition_embedding is None:
+            return 0
+        return 1 if self.condition_type == "class" else self.condition_embedding.num_tokens
+
+    def layout(self, grid: Sequence[int] | None = None) -> PositionLayout:
+        """The numbering of all positions for an image of `grid` tokens."""
+        height, width = self.grid if grid is None else self.check_grid(grid)
+        if self.is_unified:
+            return unified_layout(self.text_slots, height, width, self.answer_slots)
+        return image_layout(self.prefix_slots, height, width)
+
+    def positions_for(self, index: Tensor, grid: Sequence[int] | None = None) -> PositionTable:
+        """The table for flat position ids `index` [N] or [B, N] (see `layout`)."""
+        grid = self.grid if grid is None else self.check_grid(grid)
+        trunk = self.trunk
+        if trunk.position_embedding is not None and grid != self.grid:
+            raise ValueError(f"this model has learned positions for a grid of {self.grid}, so it cannot use {grid}")
+        learned = None if trunk.position_embedding is None else trunk.position_embedding(index)
+        if not trunk.rotary_axes:
+            return PositionTable(None, learned)
+        key = (grid, index.device)
+        table = self._rotary_tables.get(key)
+        if table is None:
+            table = self._rotary_base(grid, index.device)
+            self._rotary_tables[key] = table
+        if table.is_complex():
+            return PositionTable(table[index], learned)
+        return PositionTable(table[:, index], learned)
+
+    @torch.no_grad()
+    def _rotary_base(self, grid: tuple[int, int], device: torch.device) -> Tensor:
+        trunk, layout = self.trunk, self.layout(grid).to(device)
+        coordinates = layout.coordinates
+        axes = len(trunk.rotary_axes)
+        if axes == 1:  # a sequence: the flat ids are the positions
+            coordinates = torch.arange(len(layout), dtype=torch.float32, device=device)[:, None]
+        elif axes != coordinates.shape[1]:
+            raise ValueError(f"an image needs 1 or 2 rotary axes, this transformer has {axes}")
+        return rotary_table(coordinates, trunk.rotary_axes, trunk.rotary_theta, layout.zero, trunk.rotary_layout)
+
+    def image_index(self, grid: Sequence[int] | None = None, device: torch.device | str | None = None) -> Tensor:
+        """Flat position ids of the image's tokens: [h * w]."""
+        height, width = self.grid if grid is None else self.check_grid(grid)
+        return torch.arange(self.prefix_slots, self.prefix_slots + height * width, device=device or self.device)
+
+    def image_positions(self, grid: Sequence[int] | None = None) -> PositionTable:
+        """The table for every prefix position followed by the image in raster order."""
+        height, width = self.grid if grid is None else self.check_grid(grid)
+        return self.positions_for(torch.arange(self.prefix_slots + height * width, device=self.device), grid)
+
+    # Inputs and outputs.
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Token ids [B, N] -> [B, N, D]."""
+        return self.token_embedding(ids)
+
+    @apply_forward_hook
+    def condition(
+        self, labels: Tensor | None = None, features: Tensor | None = None, mask: Tensor | None = None
+    ) -> Condition:
+        """Class `labels` [B] or text `features` [B, T, C] with their `mask` [B, T] -> what the trunk is fed."""
+        if self.condition_type == "class":
+            if labels is None or features is not None or mask is not None:
+                raise ValueError("this model is conditioned on classes: give labels, and neither features nor mask")
+            return Condition(self.condition_embedding(self._check_labels(labels)))
+        if self.condition_type == "caption":
+            if features is None or labels is not None:
+                raise ValueError("this model is conditioned on text features: give features (and mask), not labels")
+            tokens, width = self.condition_embedding.num_tokens, self.condition_embedding.in_dim
+            if features.dim() != 3 or tuple(features.shape[1:]) != (tokens, width):
+                raise ValueError(f"features must be [batch, {tokens}, {width}], got {tuple(features.shape)}")
+            weight = self.condition_embedding.fc1.weight
+            embeds = self.condition_embedding(features.to(device=weight.device, dtype=weight.dtype))
+            return Condition(embeds, None if mask is None else mask.to(device=embeds.device, dtype=torch.bool))
+        raise ValueError("this model has no condition embedder; use prefix_condition with token ids")
+
+    def _check_labels(self, labels: Tensor) -> Tensor:
+        classes = self.condition_embedding.num_classes
+        labels = torch.as_tensor(labels, device=self.condition_embedding.embedding.weight.device)
+        if labels.dim() != 1 or labels.dtype.is_floating_point or labels.dtype == torch.bool:
+            raise ValueError(f"labels must be a vector of integers, got {labels.dtype} of shape {tuple(labels.shape)}")
+        if labels.numel() and (int(labels.min()) < 0 or int(labels.max()) > classes):
+            raise ValueError(
+                f"labels must lie in 0 .. {classes - 1} ({classes} is the null class), got {labels.tolist()}"
+            )
+        return labels.long()
+
+    @apply_forward_hook
+    def null_condition(self, batch: int, like: Condition | None = None) -> Condition:
+        """What stands for "no condition" in `batch` rows; text models keep the mask of the prompt, `like`."""
+        if self.condition_embedding is None:
+            raise ValueError(
+                "this model has no condition embedder; use prefix_condition with the ids of the null prompt"
+            )
+        return Condition(self.condition_embedding.null(batch), None if like is None else like.mask)
+
+    @apply_forward_hook
+    def prefix_condition(self, ids: Tensor, mask: Tensor | None = None, index: Tensor | None = None) -> Condition:
+        """Ordinary token ids [B, T] as the prefix of an image (the last one is begin-of-image), for unified models.
+
+        mask [B, T]: False on padding (left). index: flat position ids, default right-aligned to end on begin-of-image.
+        """
+        if not self.is_unified:
+            raise ValueError(
+                "prefix_condition is for models with text_slots; use condition(labels=... or features=...)"
+            )
+        if ids.dim() != 2:
+            raise ValueError(f"ids must be [batch, tokens], got shape {tuple(ids.shape)}")
+        length = ids.shape[1]
+        if index is None:
+            if length > self.prefix_slots:
+                raise ValueError(
+                    f"the prefix has {length} tokens; at most {self.text_slots} text tokens and begin-of-image fit"
+                )
+            index = torch.arange(self.prefix_slots - length, self.prefix_slots, device=ids.device)
+        if index.dim() == 1:
+            index = index.expand(ids.shape[0], -1)
+        return Condition(self.embed(ids), None if mask is None else mask.bool(), index)
+
+    def logits(self, hidden: Tensor, *, low: int = 0, high: int | None = None) -> Tensor:
+        """Hidden [..., D] -> float32 logits over the vocabulary, or over its rows low .. high-1."""
+        return self.head(hidden, low, high)
+
+    def hidden(
+        self,
+        ids: Tensor,
+        condition: Condition | None = None,
+        *,
+        index: Tensor | None = None,
+        mask: Tensor | None = None,
+        key_mask: Tensor | None = None,
+        grid: Sequence[int] | None = None,
+    ) -> Tensor:
+        """Teacher forcing without a cache: hidden states [B, T + N, D] of the condition followed by `ids` [B, N].
+
+        index: flat position ids of all T + N tokens, [L] or [B, L]; default 0, 1, 2, ... mask: bool or additive,
+        replaces causal attention entirely. key_mask: bool [B, L], False on padding, under causal attention.
+        """
+        embeds = self.embed(ids)
+        if condition is not None:
+            embeds = torch.cat([condition.embeds.to(embeds.dtype), embeds], dim=1)
+            if condition.index is not None and index is None:
+                raise ValueError("this condition has position ids of its own: give index for all tokens")
+        length = embeds.shape[1]
+        if index is None:
+            index = torch.arange(length, device=embeds.device)
+        positions = self.positions_for(index, grid)
+        if mask is None and key_mask is not None:
+            mask = causal_key_mask(key_mask)
+        elif mask is None and condition is not None and condition.mask is not None:
+            mask = prefix_mask(condition.mask, length)
+        return self.trunk(embeds, positions=positions, mask=mask, causal=mask is None)
+
+    def forward(
+        self,
+        ids: Tensor,
+        condition: Condition | None = None,
+        *,
+        index: Tensor | None = None,
+        mask: Tensor | None = None,
+        key_mask: Tensor | None = None,
+        grid: Sequence[int] | None = None,
+        low: int = 0,
+        high: int | None = None,
+    ) -> Tensor:
+        """Logits [B, T + N, V] of `hidden(...)`; the logits at a position are for the token after it."""
+        hidden = self.hidden(ids, condition, index=index, mask=mask, key_mask=key_mask, grid=grid)
+        return self.head(hidden, low, high)
+
+    # Inference options and adapters.
+
+    def fuse_projections(self) -> None:
+        """Prepare for fast inference; see `ARTransformer.fuse_projections`. Parameters keep their names."""
+        self.trunk.fuse_projections()
+        self.head.fuse()
+
+    def unfuse_projections(self) -> None:
+        self.trunk.unfuse_projections()
+        self.head.unfuse()
+
+    def set_attention_backend(self, backend: str) -> None:
+        self.trunk.set_attention_backend(backend)
+
+    def reset_attention_backend(self) -> None:
+        self.trunk.reset_attention_backend()
+
+    def add_adapter(self, *args, **kwargs) -> None:
+        self.unfuse_projections()
+        super().add_adapter(*args, **kwargs)
+
+    def load_lora_adapter(self, *args, **kwargs):
+        self.unfuse_projections()
+        return super().load_lora_adapter(*args, **kwargs)
+
+
+def _build_condition(config: dict | None, dim: int) -> LabelEmbedding | CaptionEmbedding | None:
+    if config is None:
+        return None
+    options = {name: value for name, value in config.items() if name != "type"}
+    wanted = {"class": {"num_classes"}, "caption": {"in_dim", "num_tokens"}}.get(config.get("type"))
+    if wanted is None:
+        raise ValueError(f"condition type must be 'class' or 'caption', got {config.get('type')!r}")
+    if set(options) != wanted:
+        raise ValueError(f"condition of type {config['type']!r} takes {sorted(wanted)}, got {sorted(options)}")
+    if config["type"] == "class":
+        return LabelEmbedding(options["num_classes"], dim)
+    return CaptionEmbedding(options["in_dim"], dim, options["num_tokens"])

@@ -1,0 +1,128 @@
+"""One attention function, several backends, chosen per call or by a context manager and never process-wide."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from armm.nn.masks import additive_mask, causal_mask
+
+_backend: ContextVar[str] = ContextVar("armm_attention_backend", default="sdpa")
+
+
+def _repeat_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    groups = query.shape[1] // key.shape[1]
+    return key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+
+
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float | None) -> Tensor:
+    heads, kv_heads = query.shape[1], key.shape[1]
+    if heads == kv_heads:
+        return F.scaled_dot_product_attention(query, key, value, mask, 0.0, causal, scale=scale)
+    if query.shape[2] == 1 and (mask is None or mask.dim() < 4 or mask.shape[1] == 1):
+        # One query per head: the heads that share a key head become its queries; nothing is copied.
+        grouped = query.reshape(query.shape[0], kv_heads, heads // kv_heads, query.shape[3])
+        return F.scaled_dot_product_attention(grouped, key, value, mask, scale=scale).reshape(query.shape)
+    key, value = _repeat_heads(query, key, value)
+    return F.scaled_dot_product_attention(query, key, value, mask, 0.0, causal, scale=scale)
+
+
+def _reference(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float | None
+) -> Tensor:
+    key, value = _repeat_heads(query, key, value)
+    scores = query.float() @ key.float().transpose(-1, -2)
+    scores = scores * (1.0 / math.sqrt(query.shape[-1]) if scale is None else scale)
+    if mask is not None:
+        scores = scores + additive_mask(mask, scores.dtype)
+    if causal:
+        scores = scores.masked_fill(~causal_mask(*scores.shape[-2:], scores.device), float("-inf"))
+    return (scores.softmax(-1) @ value.float()).to(query.dtype)
+
+
+def _xformers(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float | None
+) -> Tensor:
+    ops = _import_xformers()
+    key, value = _repeat_heads(query, key, value)
+    if causal:
+        mask, causal = causal_mask(query.shape[2], key.shape[2], query.device), False
+    bias = None
+    if mask is not None:
+        shape = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+        # The kernels want rows aligned to 8 elements: allocate wider, then slice.
+        padded = torch.zeros(*shape[:3], -(-shape[3] // 8) * 8, dtype=query.dtype, device=query.device)
+        bias = padded[..., : shape[3]]
+        bias.copy_(additive_mask(mask, query.dtype).expand(shape))
+    swap = [t.transpose(1, 2) for t in (query, key, value)]
+    return ops.memory_efficient_attention(*swap, attn_bias=bias, scale=scale).transpose(1, 2)
+
+
+def _import_xformers():
+    try:
+        import xformers.ops as ops
+    except ImportError as error:
+        raise ValueError(
+            "attention backend 'xformers' needs the xformers package, which cannot be imported here; "
+            "install it (pip install xformers) or use backend 'sdpa'"
+        ) from error
+    return ops
+
+
+BACKENDS: dict[str, Callable[..., Tensor]] = {"sdpa": _sdpa, "xformers": _xformers, "reference": _reference}
+
+
+def check_backend(name: str) -> str:
+    """Return `name` if it is a backend that can be used here, else raise a ValueError that says what is possible."""
+    if name not in BACKENDS:
+        raise ValueError(f"attention backend must be one of {sorted(BACKENDS)}, got {name!r}")
+    if name == "xformers":
+        _import_xformers()
+    return name
+
+
+def current_backend() -> str:
+    return _backend.get()
+
+
+@contextmanager
+def attention_backend(name: str) -> Iterator[None]:
+    """Use one backend for every attention call inside the `with` block (this thread or task only)."""
+    token = _backend.set(check_backend(name))
+    try:
+        yield
+    finally:
+        _backend.reset(token)
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Scaled dot-product attention of `query` [B, H, Nq, d] over `key`, `value` [B, Hkv, Nk, d] -> [B, H, Nq, d].
+
+    `mask` (bool, True = may look, or additive) broadcasts to [B, H, Nq, Nk]. `causal` means the queries are the last Nq
+    of the keys' positions. Hkv divides H. `scale` defaults to d ** -0.5.
+    """
+    if causal:
+        if query.shape[2] == 1:
+            causal = False
+        elif mask is not None or query.shape[2] != key.shape[2]:
+            allowed = causal_mask(query.shape[2], key.shape[2], query.device)
+            mask = allowed if mask is None else additive_mask(mask, query.dtype) + additive_mask(allowed, query.dtype)
+            causal = False
+    if mask is not None and mask.dtype != torch.bool and mask.dtype != query.dtype:
+        mask = mask.to(query.dtype)
+    return BACKENDS[backend or _backend.get()](query, key, value, mask, causal, scale)

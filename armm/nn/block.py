@@ -1,0 +1,256 @@
+"""The one transformer block: pre-norm attention and feed-forward; what varies between families is data."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from armm.nn.attention import attention
+from armm.nn.linear import FusedLinear, is_plain, separate
+from armm.nn.mlp import GatedMLP, build_mlp
+from armm.nn.modulation import NAMES, BlockModulation, modulate
+from armm.nn.norms import RMSNorm, build_norm, rms_norm
+from armm.nn.rotary import apply_rotary
+
+if TYPE_CHECKING:
+    from armm.cache import KVCache
+
+MAX_QUERY_SCALE = math.log(100.0)
+
+
+@dataclass(frozen=True)
+class BlockConfig:
+    """What a block needs to know; see `ARTransformer` for the meaning of each entry."""
+
+    dim: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    mlp: str
+    mlp_hidden: int
+    mlp_bias: bool = False
+    norm: str = "rms"
+    norm_affine: bool = True
+    norm_eps: float = 1e-5
+    qkv_bias: bool = False
+    out_bias: bool = False
+    qk_norm: str | None = None
+    qk_norm_eps: float = 1e-6
+    attention_scale: float | None = None
+    modulation: str | None = None
+    modulation_dim: int = 0
+    modulation_order: tuple[str, ...] = NAMES
+    dropout: float = 0.0
+
+
+class Attention(nn.Module):
+    """Self-attention: separate plain projections, grouped key heads, optional query/key norm, rotary positions."""
+
+    def __init__(self, config: BlockConfig) -> None:
+        super().__init__()
+        dim, head_dim = config.dim, config.head_dim
+        self.heads, self.kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, head_dim
+        self.to_q = nn.Linear(dim, self.heads * head_dim, bias=config.qkv_bias)
+        self.to_k = nn.Linear(dim, self.kv_heads * head_dim, bias=config.qkv_bias)
+        self.to_v = nn.Linear(dim, self.kv_heads * head_dim, bias=config.qkv_bias)
+        self.to_out = nn.Linear(self.heads * head_dim, dim, bias=config.out_bias)
+        self.qk_norm = config.qk_norm
+        self.scale = config.attention_scale
+        if config.qk_norm == "rms":
+            self.query_norm = RMSNorm(head_dim, config.qk_norm_eps)
+            self.key_norm = RMSNorm(head_dim, config.qk_norm_eps)
+        elif config.qk_norm == "l2":
+            # cosine attention: logits = <q/|q|, k/|k|> * exp(min(query_scale, ln 100)), one learned scale a head
+            self.query_scale = nn.Parameter(torch.full((self.heads,), math.log(4.0)))
+            self.scale = 1.0 if config.attention_scale is None else config.attention_scale
+
+    def normalize(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Query/key norm per head on [B, N, H, d]."""
+        if self.qk_norm == "rms":
+            return self.query_norm(query), self.key_norm(key)
+        if self.qk_norm == "l2":
+            scale = self.query_scale.float().clamp(max=MAX_QUERY_SCALE).exp()[:, None]
+            return (F.normalize(query.float(), dim=-1) * scale).to(query.dtype), F.normalize(key, dim=-1)
+        return query, key
+
+    def forward(
+        self,
+        x: Tensor,
+        rotary: Tensor | None,
+        mask: Tensor | None,
+        causal: bool,
+        cache: KVCache | None,
+        layer: int,
+        discard: int,
+        backend: str | None,
+    ) -> Tensor:
+        batch, length = x.shape[:2]
+        query = self.to_q(x).view(batch, length, self.heads, self.head_dim)
+        key = self.to_k(x).view(batch, length, self.kv_heads, self.head_dim)
+        value = self.to_v(x).view(batch, length, self.kv_heads, self.head_dim)
+        query, key = self.normalize(query, key)
+        if rotary is not None:
+            query, key = apply_rotary(query, rotary), apply_rotary(key, rotary)
+        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        if cache is not None:
+            key, value = cache.append(layer, key, value, discard)
+        out = attention(query, key, value, mask=mask, causal=causal, scale=self.scale, backend=backend)
+        return self.to_out(out.transpose(1, 2).reshape(batch, length, -1))
+
+
+class FusedBlock:
+    """The merged weights of a block and its forward pass in as few calls as possible (inference without modulation)."""
+
+    def __init__(self, block: Block) -> None:
+        att, mlp = block.attention, block.mlp
+        self.attention = att
+        self.heads, self.kv_heads, self.head_dim = att.heads, att.kv_heads, att.head_dim
+        self.plain = att.qk_norm is None
+        self.scale = att.scale
+        self.qkv = FusedLinear.merge([att.to_q, att.to_k, att.to_v])
+        self.out = FusedLinear.merge([att.to_out])
+        self.gated = isinstance(mlp, GatedMLP)
+        self.up = FusedLinear.merge([mlp.gate, mlp.up] if self.gated else [mlp.fc1])
+        self.down = FusedLinear.merge([mlp.down if self.gated else mlp.fc2])
+        self.activation = mlp.activation
+        self.inplace_silu = self.gated and mlp.activation is F.silu
+        self.norms = [block.attention_norm, block.mlp_norm]
+        self.rms = all(isinstance(norm, RMSNorm) for norm in self.norms)
+        self.norm_weights = [norm.weight for norm in self.norms]
+        self.eps = block.attention_norm.eps
+
+    def norm(self, index: int, x: Tensor) -> Tensor:
+        if self.rms:
+            return rms_norm(x, self.norm_weights[index], self.eps)
+        return self.norms[index](x)
+
+    def attend(self, x, rotary, mask, causal, cache, layer, discard, backend) -> Tensor:
+        batch, length = x.shape[0], x.shape[1]
+        heads, kv_heads, size = self.heads, self.kv_heads, self.head_dim
+        qkv = self.qkv(x).view(batch, length, heads + 2 * kv_heads, size)
+        if self.plain and rotary is not None and rotary.is_complex() and qkv.dtype == torch.float32:
+            # queries and keys are neighbours in memory: one complex product in place turns both
+            pairs = torch.view_as_complex(qkv.view(batch, length, -1, size // 2, 2))
+            pairs.narrow(2, 0, heads + kv_heads).mul_(rotary)
+            query, keys_values = qkv.narrow(2, 0, heads), qkv.narrow(2, heads, 2 * kv_heads)
+        else:
+            query, key, value = qkv.split([heads, kv_heads, kv_heads], dim=2)
+            query, key = self.attention.normalize(query, key)
+            if rotary is not None:
+                query, key = apply_rotary(query, rotary), apply_rotary(key, rotary)
+            keys_values = torch.cat([key, value], dim=2)
+        keys_values = keys_values.unflatten(2, (2, kv_heads)).permute(2, 0, 3, 1, 4)  # [2, B, Hkv, N, d]
+        query = query.transpose(1, 2)
+        if cache is None:
+            key, value = keys_values.unbind(0)
+        else:
+            key, value = cache.append_packed(layer, keys_values, discard)
+        out = attention(query, key, value, mask=mask, causal=causal, scale=self.scale, backend=backend)
+        return self.out(out.transpose(1, 2).reshape(batch, length, -1))
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        hidden = self.up(x)
+        if not self.gated:
+            return self.down(self.activation(hidden))
+        gate, up = hidden.chunk(2, dim=-1)
+        gate = F.silu(gate, inplace=True) if self.inplace_silu else self.activation(gate)
+        return self.down(gate * up)
+
+    def __call__(self, x, rotary, mask, causal, cache, layer, discard, backend) -> Tensor:
+        x = x + self.attend(self.norm(0, x), rotary, mask, causal, cache, layer, discard, backend)
+        return x + self.feed_forward(self.norm(1, x))
+
+
+class Block(nn.Module):
+    """x += attention(norm(x)); x += mlp(norm(x)); with modulation, the norms are shifted and scaled, the branches
+    gated.
+    """
+
+    def __init__(self, config: BlockConfig) -> None:
+        super().__init__()
+        self.attention_norm = build_norm(config.norm, config.dim, config.norm_eps, config.norm_affine)
+        self.attention = Attention(config)
+        self.mlp_norm = build_norm(config.norm, config.dim, config.norm_eps, config.norm_affine)
+        self.mlp = build_mlp(config.mlp, config.dim, config.mlp_hidden, config.mlp_bias)
+        self.modulation = None
+        if config.modulation is not None:
+            self.modulation = BlockModulation(
+                config.modulation, config.modulation_dim or config.dim, config.dim, config.modulation_order
+            )
+        self.dropout = config.dropout
+        self._fused: FusedBlock | None = None
+
+    def forward(
+        self,
+        x: Tensor,
+        rotary: Tensor | None = None,
+        mask: Tensor | None = None,
+        causal: bool = False,
+        cache: KVCache | None = None,
+        layer: int = 0,
+        discard: int = 0,
+        backend: str | None = None,
+        condition: Tensor | None = None,
+    ) -> Tensor:
+        """`x` [B, N, D] -> [B, N, D]; `condition` feeds the modulation, the rest is as in `ARTransformer.forward`."""
+        if self._fused is not None and not torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type):
+            return self._fused(x, rotary, mask, causal, cache, layer, discard, backend)
+        if self.modulation is None:
+            branch = self.attention(self.attention_norm(x), rotary, mask, causal, cache, layer, discard, backend)
+            x = x + F.dropout(branch, self.dropout, self.training)
+            return x + F.dropout(self.mlp(self.mlp_norm(x)), self.dropout, self.training)
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition)
+        h = modulate(self.attention_norm(x), shift1, scale1)
+        branch = self.attention(h, rotary, mask, causal, cache, layer, discard, backend)
+        x = x + gate1 * F.dropout(branch, self.dropout, self.training)
+        h = modulate(self.mlp_norm(x), shift2, scale2)
+        return x + gate2 * F.dropout(self.mlp(h), self.dropout, self.training)
+
+    # Fusing. The merged weights are dropped whenever the parameters may change under them.
+
+    def _merged_groups(self) -> list[list[nn.Module]]:
+        att, mlp = self.attention, self.mlp
+        groups = [[att.to_q, att.to_k, att.to_v], [att.to_out]]
+        return groups + ([[mlp.gate, mlp.up], [mlp.down]] if isinstance(mlp, GatedMLP) else [[mlp.fc1], [mlp.fc2]])
+
+    def fuse(self) -> bool:
+        """Merge the projections for inference; False when training or where a layer is wrapped, hooked or quantised."""
+        if self._fused is not None:
+            return True
+        groups = self._merged_groups()
+        if self.training or self.modulation is not None or not all(is_plain(m) for group in groups for m in group):
+            return False
+        self._fused = FusedBlock(self)
+        return True
+
+    def unfuse(self) -> None:
+        if self._fused is not None:
+            self._fused = None
+            for group in self._merged_groups():
+                if len(group) > 1 and all(is_plain(layer) for layer in group):
+                    separate(group)
+
+    def train(self, mode: bool = True) -> Block:
+        if mode:
+            self.unfuse()
+        return super().train(mode)
+
+    def _apply(self, fn, recurse: bool = True):
+        fused = self._fused is not None
+        self.unfuse()
+        super()._apply(fn, recurse)
+        if fused:
+            self.fuse()
+        return self
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        self.unfuse()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_fused": None}

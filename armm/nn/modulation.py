@@ -1,0 +1,54 @@
+"""Adaptive modulation of a block: shift, scale and gate of its two branches, computed from a condition vector."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+NAMES = ("shift1", "scale1", "gate1", "shift2", "scale2", "gate2")
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return x * (1 + scale) + shift
+
+
+class Modulation(nn.Module):
+    """Linear(SiLU(c)) -> the parameters of one block (or, shared, of all blocks): [..., chunks * dim]."""
+
+    def __init__(self, condition_dim: int, dim: int, chunks: int = 6) -> None:
+        super().__init__()
+        self.linear = nn.Linear(condition_dim, chunks * dim)
+
+    def forward(self, condition: Tensor) -> Tensor:
+        out = self.linear(F.silu(condition))
+        return out.unsqueeze(1) if out.dim() == 2 else out
+
+
+class BlockModulation(nn.Module):
+    """The six modulation tensors of a block, by name.
+
+    kind "block": the block owns a Linear of the condition [B, C] or [B, N, C]. kind "shared": the condition is already
+    the shared [B, 1 or N, 6 * dim], to which the block adds its own learned rows.
+    """
+
+    def __init__(self, kind: str, condition_dim: int, dim: int, order: Sequence[str] = NAMES) -> None:
+        super().__init__()
+        if sorted(order) != sorted(NAMES):
+            raise ValueError(f"modulation_order must be an order of {NAMES}, got {list(order)}")
+        if kind not in ("block", "shared"):
+            raise ValueError(f"modulation must be None, 'block' or 'shared', got {kind!r}")
+        self.kind = kind
+        self.indices = [list(order).index(name) for name in NAMES]
+        if kind == "block":
+            self.projection = Modulation(condition_dim, dim)
+        else:
+            self.table = nn.Parameter(torch.zeros(len(NAMES), dim))
+
+    def forward(self, condition: Tensor) -> list[Tensor]:
+        """-> [shift1, scale1, gate1, shift2, scale2, gate2], each [B, 1 or N, dim]."""
+        values = self.projection(condition) if self.kind == "block" else condition + self.table.flatten()
+        chunks = values.chunk(len(NAMES), dim=-1)
+        return [chunks[i] for i in self.indices]

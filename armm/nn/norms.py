@@ -1,0 +1,70 @@
+"""Normalisation layers: statistics always in float32, the result in the dtype the next matmul wants."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def low_precision_dtype(x: Tensor) -> torch.dtype:
+    """The dtype a following matmul will use: the autocast dtype when autocast is on, else the dtype of `x`."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """RMS normalisation over the last axis: float32 statistics, cast back to the input's dtype, then the weight."""
+    dtype = low_precision_dtype(x)
+    if x.dtype == torch.float32 and dtype == torch.float32:
+        return F.rms_norm(x, x.shape[-1:], weight, eps)
+    x = x.float()
+    x = (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)).to(dtype)
+    return x if weight is None else x * weight.to(dtype)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation of the last axis; `affine=False` has no weight."""
+
+    def __init__(self, dim: int, eps: float = 1e-5, affine: bool = True) -> None:
+        super().__init__()
+        self.dim = dim
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim)) if affine else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+    def extra_repr(self) -> str:
+        return f"{self.dim}, eps={self.eps}, affine={self.weight is not None}"
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation of the last axis with float32 statistics; `affine=False` has neither weight nor bias."""
+
+    def __init__(self, dim: int, eps: float = 1e-6, affine: bool = True) -> None:
+        super().__init__()
+        self.dim = dim
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(dim)) if affine else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = low_precision_dtype(x)
+        weight = None if self.weight is None else self.weight.float()
+        bias = None if self.bias is None else self.bias.float()
+        return F.layer_norm(x.float(), (self.dim,), weight, bias, self.eps).to(dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.dim}, eps={self.eps}, affine={self.weight is not None}"
+
+
+def build_norm(kind: str, dim: int, eps: float, affine: bool = True) -> nn.Module:
+    """A norm by name: "rms" or "layer"."""
+    if kind == "rms":
+        return RMSNorm(dim, eps, affine)
+    if kind == "layer":
+        return LayerNorm(dim, eps, affine)
+    raise ValueError(f"norm must be 'rms' or 'layer', got {kind!r}")

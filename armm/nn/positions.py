@@ -1,0 +1,79 @@
+"""Where tokens are: layouts of flat position ids, and the table of what the trunk needs for the positions at hand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PositionTable:
+    """What the trunk needs to know about N positions: rotary factors and learned rows, either may be absent.
+
+    `rotary` is what `rotary_table` returns, `learned` is [N, D] or [B, N, D]. Slicing `table[a:b]` slices positions.
+    """
+
+    rotary: Tensor | None = None
+    learned: Tensor | None = None
+
+    @property
+    def length(self) -> int:
+        if self.rotary is not None:
+            return self.rotary.shape[-3]
+        return 0 if self.learned is None else self.learned.shape[-2]
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, window: slice) -> PositionTable:
+        start, stop, step = window.indices(self.length)
+        if step != 1:
+            raise ValueError(f"a PositionTable is sliced with step 1, got {step}")
+        size = max(stop - start, 0)
+        return PositionTable(
+            None if self.rotary is None else self.rotary.narrow(-3, start, size),
+            None if self.learned is None else self.learned.narrow(-2, start, size),
+        )
+
+
+@dataclass(frozen=True)
+class PositionLayout:
+    """A numbering of every position a model knows: flat id -> coordinates [P, A] and zero-rotary flags [P]."""
+
+    coordinates: Tensor
+    zero: Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.coordinates.shape[0]
+
+    def to(self, device: torch.device | str) -> PositionLayout:
+        return PositionLayout(self.coordinates.to(device), None if self.zero is None else self.zero.to(device))
+
+
+def raster_coordinates(height: int, width: int) -> Tensor:
+    """(row, column) of every cell of a grid in raster order: float32 [height * width, 2]."""
+    rows = torch.arange(height, dtype=torch.float32, device="cpu").repeat_interleave(width)
+    columns = torch.arange(width, dtype=torch.float32, device="cpu").repeat(height)
+    return torch.stack([rows, columns], dim=-1)
+
+
+def image_layout(prefix: int, height: int, width: int) -> PositionLayout:
+    """`prefix` condition positions whose rotary rows are zero, then the cells of the grid in raster order."""
+    coordinates = torch.cat([torch.zeros(prefix, 2, device="cpu"), raster_coordinates(height, width)])
+    zero = torch.arange(prefix + height * width, device="cpu") < prefix
+    return PositionLayout(coordinates, zero if prefix else None)
+
+
+def unified_layout(text_slots: int, height: int, width: int, answer_slots: int) -> PositionLayout:
+    """Text before an image, begin-of-image, the image, text after it; text lies on the diagonal of the image's plane.
+
+    Ids: 0 .. text_slots-1 text before, text_slots begin-of-image at (-1, -1), then height * width cells at (row,
+    column), then answer_slots text positions from (n, n) on, n = max(height, width). Text before begin-of-image counts
+    down from (-2, -2), so a short text is right-aligned against the image.
+    """
+    before = torch.arange(-text_slots - 1, 0, dtype=torch.float32, device="cpu")[:, None].expand(-1, 2)
+    side = max(height, width)
+    after = torch.arange(side, side + answer_slots, dtype=torch.float32, device="cpu")[:, None].expand(-1, 2)
+    return PositionLayout(torch.cat([before, raster_coordinates(height, width), after]))
