@@ -161,7 +161,7 @@ def normals(shape: int, point: Tensor, face: Tensor, direction: Tensor) -> tuple
         chosen = torch.zeros_like(point).scatter_(0, face[None], 1.0)
         true = -chosen * torch.sign(direction)
         round_ = torch.stack([x, y - CUBE_HALF, z]) / CUBE_HALF
-        return true, unit(round_.pow(3) + 0.35 * true)
+        return true, unit(round_)
     radial = unit(torch.stack([x, torch.zeros_like(x), z]))
     if shape == CYLINDER:
         top = (face == 1).float()

@@ -1,7 +1,8 @@
 """Which solid does a ray meet first: batched over the scenes of a batch and all their pixels.
 
-A ray is tested only against solids whose bounding circle on screen it passes through, all rays and solids of one shape in one
-call. Shape legend: B scenes, M rays.
+Rays are tested only against solids whose bounding circle on screen they pass through. The tests ("pairs" of a solid and a ray)
+lie sorted by shape, so that each formula runs once, over one contiguous stretch.
+Shape legend: B scenes, O objects present in them, M rays, N pairs.
 """
 
 from __future__ import annotations
@@ -28,69 +29,102 @@ class Solids(Protocol):
 
 
 @dataclass
-class Frames:
-    """Every object's local frame, flattened to [3B, ...] (object k of scene b is row 3b + k)."""
+class Objects:
+    """The objects present in a batch, sorted by shape, each with its local frame."""
 
-    shape: Tensor  # [3B]
-    scale: Tensor  # [3B]
-    position: Tensor  # [3B, 2]
-    cosine: Tensor  # [3B]; only cubes are turned, the others look the same from every side
-    sine: Tensor  # [3B]
-    origin: Tensor  # [3, 3B]: the camera in local coordinates
-    centre: Tensor  # [3B, 2]: bounding circle on screen
-    reach: Tensor  # [3B]: its radius, -1 for absent objects
+    slot: Tensor  # [O]: 3 * scene + slot
+    scene: Tensor  # [O]
+    shape: Tensor  # [O], ascending
+    bounds: list[int]  # where each shape's stretch begins, and the end
+    scale: Tensor  # [O]
+    x: Tensor  # [O] position
+    z: Tensor
+    cosine: Tensor  # [O]; only cubes are turned, the others look the same from every side
+    sine: Tensor
+    origin: Tensor  # [3, O]: the camera in local coordinates
+    centre: Tensor  # [O, 2]: bounding circle on screen
+    reach: Tensor  # [O]: its radius
 
     @classmethod
-    def of(cls, solids: Solids) -> Frames:
-        shape, scale = solids.shape.flatten(), solids.scale.flatten()
-        position, rotation = solids.position.flatten(0, 1), solids.rotation.flatten()
-        turn = torch.where(shape == geometry.CUBE, rotation, torch.zeros_like(rotation))
+    def of(cls, solids: Solids) -> Objects:
+        shape = solids.shape.flatten()
+        slot = shape.sort(stable=True).indices[int((shape < 0).sum()) :]
+        shape = shape[slot]
+        shapes = torch.arange(len(geometry.HEIGHTS) + 1, device=shape.device)
+        scale = solids.scale.flatten()[slot]
+        x, z = solids.position.flatten(0, 1)[slot].unbind(-1)
+        turn = torch.where(shape == geometry.CUBE, solids.rotation.flatten()[slot], 0.0)
         cosine, sine = turn.cos(), turn.sin()
-        x, z = geometry.rotate(geometry.EYE[0] - position[:, 0], geometry.EYE[2] - position[:, 1], cosine, sine)
-        origin = torch.stack([x, torch.full_like(x, geometry.EYE[1]), z]) / scale
-        bounds = [math.hypot(h / 2, r) for h, r in zip(geometry.HEIGHTS, geometry.FOOTPRINTS, strict=True)]
-        bounds[geometry.SPHERE] = 1.0
-        kind = shape.clamp(min=0)
-        middle = 0.5 * torch.tensor(geometry.HEIGHTS, device=shape.device)[kind] * scale
-        world = torch.stack([position[:, 0], middle, position[:, 1]], dim=-1)
+        local_x, local_z = geometry.rotate(geometry.EYE[0] - x, geometry.EYE[2] - z, cosine, sine)
+        origin = torch.stack([local_x, torch.full_like(x, geometry.EYE[1]), local_z]) / scale
+        radii = [math.hypot(h / 2, r) for h, r in zip(geometry.HEIGHTS, geometry.FOOTPRINTS, strict=True)]
+        radii[geometry.SPHERE] = 1.0
+        middle = 0.5 * torch.tensor(geometry.HEIGHTS, device=shape.device)[shape] * scale
+        world = torch.stack([x, middle, z], dim=-1)
         depth = sum((world[:, axis] - geometry.EYE[axis]) * geometry.FORWARD[axis] for axis in range(3))
-        reach = 1.06 * torch.tensor(bounds, device=shape.device)[kind] * scale / (2 * geometry.HALF_TANGENT * depth)
-        reach = torch.where(shape < 0, torch.full_like(reach, -1.0), reach)
-        return cls(shape, scale, position, cosine, sine, origin, geometry.project_points(world), reach)
+        reach = 1.06 * torch.tensor(radii, device=shape.device)[shape] * scale / (2 * geometry.HALF_TANGENT * depth)
+        return cls(
+            slot=slot,
+            scene=slot // 3,
+            shape=shape,
+            bounds=torch.searchsorted(shape, shapes).tolist(),
+            scale=scale,
+            x=x,
+            z=z,
+            cosine=cosine,
+            sine=sine,
+            origin=origin,
+            centre=geometry.project_points(world),
+            reach=reach,
+        )
 
-    def local_directions(self, objects: Tensor, directions: Tensor) -> Tensor:
-        """World directions [M, 3] of rays against ``objects`` [M] -> local directions [3, M]."""
-        x, z = geometry.rotate(directions[:, 0], directions[:, 2], self.cosine[objects], self.sine[objects])
-        return torch.stack([x, directions[:, 1], z]) / self.scale[objects]
+    def stretches(self, objects: Tensor) -> list[tuple[int, slice]]:
+        """Ascending object numbers [N] -> (shape, the slice of the pairs that have it), empty ones left out."""
+        edges = torch.searchsorted(objects, torch.tensor(self.bounds, device=objects.device)).tolist()
+        return [(shape, slice(a, b)) for shape, (a, b) in enumerate(zip(edges, edges[1:], strict=False)) if b > a]
+
+    def near(self, grid: Tensor, margin: float = 0.0) -> Tensor:
+        """[O, P] bool: image points [P, 2] within each object's bounding circle, widened by ``margin``."""
+        dx = grid[:, 0] - self.centre[:, :1]
+        dy = grid[:, 1] - self.centre[:, 1:]
+        return dx.square_().add_(dy.square_()) < (self.reach + margin).square()[:, None]
 
 
-def by_shape(frames: Frames, objects: Tensor) -> list[tuple[int, Tensor]]:
-    """Groups of one shape: (shape, indices into ``objects``), empty groups left out."""
-    kinds = frames.shape[objects]
-    groups = [(shape, (kinds == shape).nonzero()[:, 0]) for shape in range(len(geometry.HEIGHTS))]
-    return [(shape, rows) for shape, rows in groups if len(rows)]
+@dataclass
+class Hits:
+    """The outcome of N pairs and of M rays."""
+
+    objects: Tensor  # [N] ascending object numbers
+    rays: Tensor  # [N]
+    direction: Tensor  # [3, N] local directions
+    distance: Tensor  # [N]
+    face: Tensor  # [N]
+    nearest: Tensor  # [M] distance of the first hit of each ray, MISS where there is none
+
+    def first(self) -> Tensor:
+        """The pairs that are their ray's first hit: indices, still sorted by object."""
+        hit = self.distance < geometry.MISS
+        return (hit & (self.distance == self.nearest[self.rays])).nonzero()[:, 0]
 
 
-def trace(frames: Frames, scene: Tensor, points: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
-    """Hits of M rays, given by scene [M], image point [M, 2] and direction [M, 3], with each of their scene's objects.
-
-    Returns distances [M, 3] (``geometry.MISS`` where there is none) and faces [M, 3].
-    """
-    distance = torch.full((len(scene), 3), geometry.MISS, device=points.device)
-    face = torch.zeros(len(scene), 3, dtype=torch.int64, device=points.device)
-    centre, reach = frames.centre.view(-1, 3, 2), frames.reach.view(-1, 3)
-    for slot in range(3):
-        offset = points - centre[:, slot][scene]
-        limit = reach[:, slot][scene]
-        rays = ((offset[:, 0].square() + offset[:, 1].square() < limit * limit) & (limit > 0)).nonzero()[:, 0]
-        objects = scene[rays] * 3 + slot
-        for shape, rows in by_shape(frames, objects):
-            chosen, ray = objects[rows], rays[rows]
-            local = frames.local_directions(chosen, directions[ray])
-            hit, side = geometry.intersect(shape, frames.origin[:, chosen], local)
-            distance[ray, slot] = hit
-            face[ray, slot] = side
-    return distance, face
+def trace(solids: Objects, objects: Tensor, rays: Tensor, directions: Tensor) -> Hits:
+    """Tests the pairs (objects [N] ascending, rays [N]); ``directions`` [3, M] are the rays' world directions."""
+    scale = solids.scale[objects]
+    x, z = geometry.rotate(
+        directions[0].index_select(0, rays),
+        directions[2].index_select(0, rays),
+        solids.cosine[objects],
+        solids.sine[objects],
+    )
+    local = torch.stack([x, directions[1].index_select(0, rays), z]).div_(scale)
+    distance = torch.empty_like(scale)
+    face = torch.empty_like(objects)
+    for shape, part in solids.stretches(objects):
+        origin = solids.origin.index_select(1, objects[part])
+        distance[part], face[part] = geometry.intersect(shape, origin, local[:, part])
+    nearest = torch.full((directions.shape[1],), geometry.MISS, device=scale.device)
+    nearest.scatter_reduce_(0, rays, distance, "amin")
+    return Hits(objects, rays, local, distance, face, nearest)
 
 
 def pixel_grid(size: int, device: torch.device | str = "cpu") -> Tensor:
@@ -100,20 +134,21 @@ def pixel_grid(size: int, device: torch.device | str = "cpu") -> Tensor:
     return torch.stack([x, y], dim=-1).view(-1, 2)
 
 
-def trace_pixels(solids: Solids, size: int) -> tuple[Tensor, Tensor]:
-    """Every pixel's hits: distances and faces [B, size * size, 3]."""
-    batch = solids.shape.shape[0]
-    grid = pixel_grid(size, solids.shape.device)
-    points = grid.repeat(batch, 1)
-    scene = torch.arange(batch, device=grid.device).repeat_interleave(len(grid))
-    distance, face = trace(Frames.of(solids), scene, points, geometry.ray_directions(points))
-    return distance.view(batch, -1, 3), face.view(batch, -1, 3)
+def trace_pixels(scenes: Solids, size: int) -> tuple[Objects, Hits]:
+    """Traces one ray through every pixel of every scene; ray r belongs to scene r // size^2."""
+    solids = Objects.of(scenes)
+    grid = pixel_grid(size, scenes.shape.device)
+    objects, pixels = solids.near(grid).nonzero().unbind(1)
+    directions = geometry.ray_directions(grid).T.repeat(1, scenes.shape.shape[0])
+    return solids, trace(solids, objects, solids.scene[objects] * len(grid) + pixels, directions)
 
 
-def visible_fraction(solids: Solids, size: int) -> Tensor:
+def visible_fraction(scenes: Solids, size: int) -> Tensor:
     """[B, 3]: the share of its own pixels that each object shows (1 where absent), seen at ``size`` x ``size``."""
-    distance, _ = trace_pixels(solids, size)
-    own = distance < geometry.MISS
-    shown = own & (distance == distance.amin(dim=-1, keepdim=True))
-    share = shown.sum(dim=1) / own.sum(dim=1).clamp(min=1)
-    return torch.where(solids.shape < 0, torch.ones_like(share), share)
+    solids, hits = trace_pixels(scenes, size)
+    number = len(solids.shape)
+    own = torch.bincount(hits.objects[hits.distance < geometry.MISS], minlength=number)
+    shown = torch.bincount(hits.objects[hits.first()], minlength=number)
+    share = torch.ones(scenes.shape.numel(), device=scenes.shape.device)
+    share[solids.slot] = shown / own.clamp(min=1)
+    return share.view(-1, 3)
