@@ -56,12 +56,14 @@ def find_recipe(value: str) -> Path:
 
 
 def parse_override(text: str) -> tuple[str, Any]:
-    """`a.b=3` as ("a.b", 3); the value is read as YAML."""
+    """`a.b=3` as ("a.b", 3); the value is read as YAML, but `no`, `yes`, `on`, `off` stay words."""
     import yaml
 
     key, equals, value = text.partition("=")
     if not equals or not key or not all(part.strip() == part and part for part in key.split(".")):
         raise ValueError(f"--set: {text!r} is not KEY=VALUE")
+    if value.lower() in ("no", "yes", "on", "off"):
+        return key, value
     try:
         parsed = yaml.safe_load(value)
     except yaml.YAMLError:
