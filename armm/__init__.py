@@ -14,7 +14,6 @@ from typing import Any
 from armm.version import __version__
 
 
-
 class _BuildNotice(logging.Filter):
     """diffusers imports xformers wherever it is installed, and xformers warns at import when its extensions were built
     for another torch. armm asks xformers only when its attention backend is chosen, and says then what is missing."""
