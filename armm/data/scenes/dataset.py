@@ -23,7 +23,7 @@ _BLOCK = 512
 
 
 class SceneDataset:
-    """N scenes with their pictures: ``images`` uint8 [N, 3, S, S] and ``scenes`` (their graphs, for captions and truth)."""
+    """N scenes with their pictures: ``images`` uint8 [N, 3, S, S] and ``scenes``, their graphs."""
 
     def __init__(self, images: Tensor, scenes: graph.Scenes):
         if len(images) != len(scenes):

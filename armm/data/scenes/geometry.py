@@ -1,7 +1,7 @@
 """The camera and the four solids: projection, ray intersection, normals, ground shadows.
 
-World frame: x to the right, y up, z away from the camera, objects stand on the plane y = 0. Every solid is described in a
-local unit frame (its base centre at the origin, lengths divided by the object's scale), so one formula serves each shape.
+World frame: x to the right, y up, z away from the camera, objects stand on the plane y = 0. Every solid is described
+in a local unit frame (its base centre at the origin, lengths divided by the object's scale): one formula a shape.
 Image coordinates are normalised: (0, 0) is the upper left corner, (1, 1) the lower right one.
 Shape legend: M rays (or points), O objects.
 """
@@ -41,7 +41,7 @@ MISS = 1e9
 
 
 def centre_heights(shape: Tensor, size: Tensor) -> Tensor:
-    """World height of the middle of objects of these shapes and sizes (indices, any equal shape; absent objects give 0)."""
+    """World height of the middle of objects of these shapes and sizes (indices of equal shape; 0 where absent)."""
     heights = torch.tensor(HEIGHTS, device=shape.device)[shape.clamp(min=0)]
     scales = torch.tensor(SCALES, device=size.device)[size.clamp(min=0)]
     return torch.where(shape < 0, torch.zeros_like(scales), 0.5 * heights * scales)
@@ -63,7 +63,7 @@ def ray_directions(points: Tensor) -> Tensor:
 
 
 def unproject(points: Tensor, height: Tensor | float = 0.0) -> Tensor:
-    """Normalised image points [..., 2] at a world ``height`` (a number or [...]) -> plane coordinates (x, z) [..., 2]."""
+    """Image points [..., 2] at a world ``height`` (a number or [...]) -> plane coordinates (x, z) [..., 2]."""
     if points.shape[-1:] != (2,):
         raise ValueError(f"points must have shape [..., 2] (x, y in the image), got {tuple(points.shape)}")
     directions = ray_directions(points)
@@ -151,7 +151,7 @@ _INTERSECT = (_hit_sphere, _hit_cube, _hit_cylinder, _hit_cone)
 def normals(shape: int, point: Tensor, face: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
     """Local hit points [3, M] -> true unit normals and the rounded ones that highlights use, both [3, M].
 
-    Polished solids are shaded as if their flat sides bulged a little: every one then has a highlight, wherever the light is.
+    Highlights treat flat sides as if they bulged: every solid then has one, wherever the light is.
     """
     x, y, z = point
     if shape == SPHERE:

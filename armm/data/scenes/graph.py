@@ -1,8 +1,8 @@
 """Scene graphs: what stands where, drawn at random but fully determined by (seed, index).
 
-A scene holds one to three solids on a plane under one of three lights. Positions are drawn until the picture is readable:
-everything inside the frame, nothing hidden by more than a third, and every pair of objects clearly side by side or clearly
-one behind the other.
+A scene holds one to three solids on a plane under one of three lights. Positions are drawn until the picture is
+readable: everything inside the frame, nothing hidden by more than a third, and every pair of objects clearly side by
+side or clearly one behind the other.
 """
 
 from __future__ import annotations
@@ -133,7 +133,8 @@ def pair_relations(position: Tensor) -> Tensor:
 
 def is_heldout(scenes: Scenes) -> Tensor:
     """[B] bool: which scenes belong to the held-out tenth of all combinations (never in the training split)."""
-    return _heldout(scenes.shape, scenes.color, scenes.size, scenes.material, scenes.light, scenes.position, scenes.count)
+    names = ("shape", "color", "size", "material", "light", "position", "count")
+    return _heldout(**{name: getattr(scenes, name) for name in names})
 
 
 def sample_scenes(n: int, seed: int = 0, split: str = "train", *, start: int = 0) -> Scenes:
@@ -278,12 +279,13 @@ def _visible_enough(scenes: Scenes) -> Tensor:
 def _heldout(
     shape: Tensor, color: Tensor, size: Tensor, material: Tensor, light: Tensor, position: Tensor, count: Tensor
 ) -> Tensor:
-    """Tensors [..., 3] (light and count [...], position [..., 3, 2]) -> [...] bool, whatever the order of the objects."""
+    """Tensors [..., 3] (light, count [...], position [..., 3, 2]) -> [...] bool, in whatever order the objects come."""
     kind = (shape * len(COLORS) + color) * len(SIZES) + size
     present = shape >= 0
     kinds = (_mix(kind + 11) * present).sum(-1)
     pair = _mix(_mix(kind + 101)[..., :, None] + 3 * _mix(kind + 211)[..., None, :] + pair_relations(position) * 65537)
-    both = present[..., :, None] & present[..., None, :] & ~torch.eye(MAX_OBJECTS, dtype=torch.bool, device=shape.device)
+    different = ~torch.eye(MAX_OBJECTS, dtype=torch.bool, device=shape.device)
+    both = present[..., :, None] & present[..., None, :] & different
     several = _mix(kinds + (pair * both).flatten(-2).sum(-1))
     single = _mix(kinds + (material[..., 0] * len(LIGHTS) + light + 1) * 1_000_003)
     chosen = torch.where(count > 1, several, single)

@@ -1,7 +1,7 @@
 """Pictures of scenes: analytic ray casting in torch, the same on every device and at any resolution.
 
-One ray a pixel everywhere; pixels on an outline are shaded anew with ``supersample`` x ``supersample`` rays. Shadows on the
-ground are signed distances to each solid's exact shadow, softened with the distance from its foot, so they cost no rays.
+One ray a pixel everywhere; pixels on an outline are shaded anew with ``supersample`` x ``supersample`` rays. Shadows
+are signed distances to each solid's exact shadow on the ground, softer away from its foot: they cost no rays.
 Shape legend: B scenes, P pixels of an image, M shaded rays.
 """
 
@@ -31,7 +31,7 @@ class Light:
 
 LIGHT_TABLE = {
     "day": Light((-0.55, 1.0, -0.42), (0.78, 0.77, 0.74), (0.32, 0.33, 0.35), (176, 190, 196), (0.85, 0.92, 1.0), 0.62),
-    "dusk": Light((-0.75, 0.9, -0.25), (0.86, 0.66, 0.50), (0.30, 0.25, 0.28), (196, 152, 132), (1.0, 0.70, 0.50), 0.66),
+    "dusk": Light((-0.75, 0.9, -0.25), (0.86, 0.66, 0.50), (0.30, 0.25, 0.28), (196, 152, 132), (1.0, 0.7, 0.5), 0.66),
     "night": Light((0.55, 1.0, -0.42), (0.42, 0.46, 0.56), (0.16, 0.17, 0.23), (40, 46, 84), (0.45, 0.55, 0.90), 0.75),
 }
 
@@ -76,7 +76,7 @@ def object_map(scenes: Scenes, size: int = 64) -> Tensor:
 
 
 def project(scenes: Scenes) -> Tensor:
-    """Where the middle of each object appears: normalised image coordinates [B, 3, 2] (x right, y down; -1 where absent).
+    """Where the middle of each object appears: image coordinates [B, 3, 2] in 0..1 (x right, y down; -1 where absent).
 
     ``unproject(points, centre_heights(shape, size))`` leads back to plane coordinates.
     """
@@ -95,7 +95,7 @@ def _render_chunk(scenes: Scenes, size: int, supersample: int) -> Tensor:
     lights = _Lights.of(scenes)
     solids = Objects.of(scenes)
     grid = pixel_grid(size, device)
-    # Pairs of an object and a pixel that may show it, and that may show its shadow; half a pixel wider for the finer rays.
+    # Pairs of an object and a pixel that may show it, or its shadow; half a pixel wider for the finer rays.
     near = solids.near(grid, 0.75 / size).nonzero()
     shaded = _may_shade(solids, grid, lights, 0.75 / size).nonzero()
     pairs = [(part[:, 0], solids.scene[part[:, 0]] * pixels + part[:, 1]) for part in (near, shaded)]
@@ -107,9 +107,11 @@ def _render_chunk(scenes: Scenes, size: int, supersample: int) -> Tensor:
         rank = torch.full((batch * pixels,), -1, device=device)
         rank[outline] = torch.arange(len(outline), device=device)
         fine = [_refine(objects, rank[rays], len(offsets)) for objects, rays in pairs]
-        color[outline] = _shade(scenes, solids, lights, *fine, points, 0, outline // pixels)[0].view(
-            len(outline), len(offsets), 3
-        ).mean(dim=1)
+        color[outline] = (
+            _shade(scenes, solids, lights, *fine, points, 0, outline // pixels)[0]
+            .view(len(outline), len(offsets), 3)
+            .mean(dim=1)
+        )
     color = color.clamp_(0, 1).pow_(1 / _GAMMA).mul_(255).round_()
     return color.to(torch.uint8).view(batch, size, size, 3).permute(0, 3, 1, 2)
 
@@ -276,7 +278,7 @@ def _shadowed_objects(solids: Objects, lights: _Lights, own: Tensor, scene: Tens
     number = torch.full((len(lights.step) * 3,), -1, device=own.device)
     number[solids.slot] = torch.arange(len(solids.slot), device=own.device)
     step = lights.step[scene]
-    # Where the light through a point meets the ground: what casts a shadow there, and stands nearer the light, shades it.
+    # Where the light through a point meets the ground: what shades that, and stands nearer the light, shades it too.
     x, z = world[0] + world[1] * step[:, 0], world[2] + world[1] * step[:, 1]
     for slot in range(3):
         other = number[scene * 3 + slot]
@@ -300,7 +302,7 @@ def _surface_color(
     scene: Tensor,
     lights: _Lights,
 ) -> Tensor:
-    """Linear colors [3, N]. Matte: plain Lambert. Shiny: a darker body, a bright highlight, a rim that mirrors the sky."""
+    """Linear colors [3, N]. Matte: plain Lambert. Shiny: a darker body, a bright highlight, a rim of sky."""
     towards, key, ambient, sky = (
         getattr(lights, name).T.index_select(1, scene) for name in ("towards", "key", "ambient", "sky")
     )

@@ -1,7 +1,7 @@
 """Which solid does a ray meet first: batched over the scenes of a batch and all their pixels.
 
-Rays are tested only against solids whose bounding circle on screen they pass through. The tests ("pairs" of a solid and a ray)
-lie sorted by shape, so that each formula runs once, over one contiguous stretch.
+Rays are tested only against solids whose bounding circle on screen they pass through. The tests ("pairs" of a solid and
+a ray) lie sorted by shape, so that each formula runs once, over one contiguous stretch.
 Shape legend: B scenes, O objects present in them, M rays, N pairs.
 """
 
