@@ -98,16 +98,18 @@ class Scenes:
 
     def objects(self, index: int) -> list[dict[str, str | float]]:
         """The objects of one scene in words: shape, color, size, material and plane coordinates x, z."""
+        rows = (getattr(self, name)[index].tolist() for name in ("shape", "color", "size", "material", "position"))
         return [
             {
-                "shape": SHAPES[int(self.shape[index, k])],
-                "color": COLORS[int(self.color[index, k])],
-                "size": SIZES[int(self.size[index, k])],
-                "material": MATERIALS[int(self.material[index, k])],
-                "x": float(self.position[index, k, 0]),
-                "z": float(self.position[index, k, 1]),
+                "shape": SHAPES[shape],
+                "color": COLORS[color],
+                "size": SIZES[size],
+                "material": MATERIALS[material],
+                "x": position[0],
+                "z": position[1],
             }
-            for k in range(int(self.count[index]))
+            for shape, color, size, material, position in zip(*rows, strict=True)
+            if shape >= 0
         ]
 
 
@@ -222,6 +224,10 @@ def _place(scenes: Scenes, keys: Tensor, attempt: int, split: str) -> Tensor:
     position = (2 * position - 1) * torch.tensor(_EXTENT)
     position = position * scenes.present[:, None, :, None]
     good = _inside_frame(scenes, position) & _clear_layout(scenes, position)
+    # The frame is deeper than wide: without a choice of the first pair's axis, side by side would be the rarer relation.
+    aside = _uniform(keys[:, None], torch.tensor([2])) < 0.5
+    span = (position[:, :, 0] - position[:, :, 1]).abs()
+    good &= ((span[..., 0] > span[..., 1]) == aside) | (scenes.count < 2)[:, None]
     if split != "all":
         wide = {
             name: getattr(scenes, name)[:, None].expand(-1, _CANDIDATES, *getattr(scenes, name).shape[1:])
