@@ -1,0 +1,26 @@
+"""Decoding strategies, samplers and guidance."""
+
+from __future__ import annotations
+
+from armm.decoding.base import DecodingOutput, TokenStream
+from armm.decoding.guidance import Guidance
+from armm.decoding.next_token import NextTokenDecoding
+from armm.decoding.sampling import NoiseSource, Sampler, top_k_filter, top_p_filter
+from armm.decoding.text import TextOutput, decode_text
+
+# name -> strategy class; each is a component that a pipeline saves and swaps like a scheduler
+DECODING_STRATEGIES = {"next_token": NextTokenDecoding}
+
+__all__ = [
+    "DECODING_STRATEGIES",
+    "DecodingOutput",
+    "Guidance",
+    "NextTokenDecoding",
+    "NoiseSource",
+    "Sampler",
+    "TextOutput",
+    "TokenStream",
+    "decode_text",
+    "top_k_filter",
+    "top_p_filter",
+]

@@ -1,0 +1,76 @@
+"""Classifier-free guidance: its rows, its formula, its schedule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# progress through the generation (0 .. 1) -> share of (scale - 1) that is applied
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "constant": lambda t: 1.0,
+    "linear": lambda t: t,
+    "half_linear": lambda t: min(1.0, 2.0 * t),
+    "cosine": lambda t: (1.0 - math.cos(math.pi * t)) / 2.0,
+}
+
+
+def _combine_logits(conditional: Tensor, null: Tensor, scale: float) -> Tensor:
+    return torch.add(null, conditional - null, alpha=scale)
+
+
+def _combine_log_softmax(conditional: Tensor, null: Tensor, scale: float) -> Tensor:
+    return _combine_logits(conditional.log_softmax(-1), null.log_softmax(-1), scale)
+
+
+FORMULAS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
+    "logits": _combine_logits,
+    "log_softmax": _combine_log_softmax,
+}
+
+
+@dataclass
+class Guidance:
+    """null + (conditional - null) * scale over the rows [conditional; null].
+
+    scale <= 1 switches guidance off. schedule: how the scale grows from 1 to its value over the steps ("constant",
+    "linear", "half_linear", "cosine"). interval: decode steps 0 .. interval are guided, later ones are not (-1 = all
+    are); the first token, which comes from the prefill, is not counted and is always guided. `scale` may be changed
+    between steps.
+    """
+
+    scale: float = 1.0
+    schedule: str = "constant"
+    interval: int = -1
+    formula: str = "logits"
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.scale):
+            raise ValueError(f"scale must be a finite number, got {self.scale!r}")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule must be one of {sorted(SCHEDULES)}, got {self.schedule!r}")
+        if self.formula not in FORMULAS:
+            raise ValueError(f"formula must be one of {sorted(FORMULAS)}, got {self.formula!r}")
+        if not isinstance(self.interval, int) or self.interval < -1:
+            raise ValueError(f"interval must be an integer >= -1 (-1 = every step), got {self.interval!r}")
+
+    @property
+    def active(self) -> bool:
+        return self.scale > 1.0
+
+    def covers(self, step: int) -> bool:
+        """Whether the draw of token `step` is guided (token 0 comes from the prefill, token 1 from decode step 0)."""
+        return self.interval < 0 or step - 1 <= self.interval
+
+    def scale_at(self, step: int, steps: int) -> float:
+        progress = step / (steps - 1) if steps > 1 else 1.0
+        return 1.0 + (self.scale - 1.0) * SCHEDULES[self.schedule](progress)
+
+    def combine(self, logits: Tensor, step: int = 0, steps: int = 1) -> Tensor:
+        """Logits [2B, ...] of the rows [conditional; null] -> [B, ...] for token `step` of `steps`."""
+        conditional, null = logits.chunk(2)
+        scale = self.scale if self.schedule == "constant" else self.scale_at(step, steps)
+        return FORMULAS[self.formula](conditional, null, scale)

@@ -1,0 +1,114 @@
+"""From logits to ids: filters in one fixed order, then a draw whose randomness is an argument."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def top_k_filter(logits: Tensor, k: int) -> Tensor:
+    """Keep the entries not below the k-th largest of their row (ties at the k-th value stay); the rest become -inf."""
+    if k <= 0 or k >= logits.shape[-1]:
+        return logits
+    threshold = torch.topk(logits, k, dim=-1).values[..., -1:]
+    return logits.masked_fill(logits < threshold, float("-inf"))
+
+
+def top_p_filter(logits: Tensor, p: float) -> Tensor:
+    """Keep the most probable entries up to and including the one at which their total probability exceeds p."""
+    if p >= 1.0:
+        return logits
+    ordered, order = torch.sort(logits, descending=True, dim=-1)
+    total = ordered.softmax(dim=-1).cumsum(dim=-1)
+    drop = total > p
+    drop = torch.cat([torch.zeros_like(drop[..., :1]), drop[..., :-1]], dim=-1)
+    return logits.masked_fill(torch.zeros_like(drop).scatter(-1, order, drop), float("-inf"))
+
+
+@dataclass
+class Sampler:
+    """Draws ids from logits: / max(temperature, 1e-5), top-k, top-p, softmax, argmax(p / noise).
+
+    With `noise` from Exp(1) that is an exact draw from the filtered distribution. top_k=0 and top_p=1 switch the
+    filters off; do_sample=False takes the largest logit.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    do_sample: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.temperature >= 0:
+            raise ValueError(f"temperature must be >= 0, got {self.temperature!r}")
+        if not isinstance(self.top_k, int) or isinstance(self.top_k, bool) or self.top_k < 0:
+            raise ValueError(f"top_k must be an integer >= 0 (0 = off), got {self.top_k!r}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1] (1 = off), got {self.top_p!r}")
+
+    def filter(self, logits: Tensor) -> Tensor:
+        """Temperature and filters on float32 logits [..., V]; removed entries are -inf."""
+        if self.temperature != 1.0:
+            logits = logits / max(self.temperature, 1e-5)
+        return top_p_filter(top_k_filter(logits, self.top_k), self.top_p)
+
+    def __call__(self, logits: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Logits [B, V] and Exp(1) noise [B, V] -> ids [B]. Without noise the global generator is used."""
+        if not self.do_sample:
+            return logits.argmax(dim=-1)
+        probabilities = self.filter(logits).softmax(dim=-1)
+        if noise is None:
+            noise = torch.empty_like(probabilities).exponential_()
+        return probabilities.div_(noise).argmax(dim=-1)
+
+
+class NoiseSource:
+    """Exp(1) noise for one draw of a whole batch at a time: `draw(step)` -> float32 [B, V].
+
+    source: one `torch.Generator` for the batch; a list with one per sample, in which case a sample's noise does not
+    depend on the batch it is in; None for the global generator; or recorded noise [B, N, V], step i of which is used.
+    """
+
+    def __init__(
+        self,
+        source: torch.Generator | Sequence[torch.Generator] | Tensor | None,
+        batch: int,
+        vocab_size: int,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.batch, self.vocab_size, self.device = batch, vocab_size, torch.device(device)
+        self.generators: list[torch.Generator] | None = None
+        self.recorded: Tensor | None = None
+        if isinstance(source, Tensor):
+            if source.dim() != 3 or source.shape[0] != batch or source.shape[2] != vocab_size:
+                raise ValueError(f"recorded noise must be [{batch}, steps, {vocab_size}], got {tuple(source.shape)}")
+            self.recorded = source.to(device=self.device, dtype=torch.float32)
+        elif isinstance(source, torch.Generator):
+            self.generators = [source]
+        elif source is not None:
+            generators = list(source)
+            if any(not isinstance(generator, torch.Generator) for generator in generators):
+                raise TypeError("noise must be a torch.Generator, a list of them, a tensor or None")
+            if len(generators) != batch:
+                raise ValueError(f"got {len(generators)} generators for a batch of {batch}; give one per sample")
+            self.generators = generators
+
+    def draw(self, step: int) -> Tensor:
+        if self.recorded is not None:
+            if step >= self.recorded.shape[1]:
+                raise ValueError(f"the recorded noise has {self.recorded.shape[1]} steps, step {step} was asked for")
+            return self.recorded[:, step]
+        if self.generators is None:
+            return torch.empty(self.batch, self.vocab_size, device=self.device).exponential_()
+        if len(self.generators) == 1:
+            generator = self.generators[0]
+            noise = torch.empty(self.batch, self.vocab_size, device=generator.device).exponential_(generator=generator)
+            return noise.to(self.device)
+        rows = [
+            torch.empty(self.vocab_size, device=generator.device).exponential_(generator=generator)
+            for generator in self.generators
+        ]
+        return torch.stack(rows).to(self.device)

@@ -1,0 +1,113 @@
+"""Text from a unified model: token after token behind a prefix, until each row has said its stop token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from armm.condition import Condition
+from armm.decoding.base import StepCallback, TokenStream, vocabulary_range, wake
+from armm.decoding.sampling import NoiseSource, Sampler
+
+if TYPE_CHECKING:
+    from armm.model import AutoregressiveModel
+
+
+@dataclass
+class TextOutput:
+    """ids [B, M], each row filled up with the stop token; lengths [B] without it; num_calls of the trunk."""
+
+    ids: Tensor
+    lengths: Tensor
+    num_calls: int = 0
+
+    def tokens(self) -> list[list[int]]:
+        """The ids of each row up to its stop token."""
+        return [row[:length] for row, length in zip(self.ids.tolist(), self.lengths.tolist(), strict=True)]
+
+
+@torch.no_grad()
+def decode_text(
+    model: AutoregressiveModel,
+    ids: Tensor,
+    *,
+    stop_id: int,
+    max_tokens: int,
+    index: Tensor | None = None,
+    mask: Tensor | None = None,
+    grid: Sequence[int] | None = None,
+    sampler: Sampler | None = None,
+    noise: NoiseSource | torch.Generator | Sequence[torch.Generator] | Tensor | None = None,
+    vocabulary: tuple[int, int] | None = None,
+    callback: StepCallback | None = None,
+    interrupt: Callable[[], bool] | None = None,
+    check_every: int = 8,
+) -> TextOutput:
+    """Continue the prefix `ids` [B, T] (text, image or both, ordinary ids of the vocabulary).
+
+    index: flat position ids of the prefix, [T] or [B, T]; default: begin-of-image first, then the image and text after
+    it. What is generated takes the positions behind the last one. mask: bool [B, T], False on padding (on the left).
+    sampler: default greedy. vocabulary: (low, high), the ids that may be said. All ids here, the stop token and the
+    result included, are ids of the whole vocabulary. Whether every row has stopped is looked up every `check_every`
+    tokens only.
+    """
+    if ids.dim() != 2 or ids.shape[1] == 0:
+        raise ValueError(f"ids must be [batch, tokens] with at least one token, got shape {tuple(ids.shape)}")
+    if max_tokens < 1:
+        raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
+    wake(model)
+    sampler = sampler or Sampler(do_sample=False)
+    low, high = vocabulary_range(model, vocabulary)
+    if not low <= stop_id < high:
+        raise ValueError(f"stop_id must be one of the ids that may be said, {low} .. {high - 1}, got {stop_id}")
+    batch, device = ids.shape[0], ids.device
+    index = _prefix_index(model, ids, index)
+    following = index[..., -1:] + torch.arange(1, max_tokens, device=device)
+    _check_room(model, index, max_tokens, grid)
+    if sampler.do_sample and not isinstance(noise, NoiseSource):
+        noise = NoiseSource(noise, batch, high - low, device)
+
+    prefix = Condition(model.embed(ids), None if mask is None else mask.to(device=device, dtype=torch.bool))
+    stream = TokenStream(model, prefix, model.positions_for(index, grid), model.positions_for(following, grid))
+    out = torch.full((batch, max_tokens), stop_id, dtype=torch.long, device=device)
+    finished = torch.zeros(batch, dtype=torch.bool, device=device)
+    token = ids[:, -1]
+    for step in range(max_tokens):
+        if interrupt is not None and interrupt():
+            break
+        hidden = stream.prefill() if step == 0 else stream.feed(token, step - 1)
+        logits = model.logits(hidden, low=low, high=high)
+        token = sampler(logits, noise.draw(step) if sampler.do_sample else None) + low
+        token = token.masked_fill(finished, stop_id)
+        out[:, step] = token
+        if callback is not None:
+            replacement = callback(step, out[:, : step + 1])
+            if replacement is not None:
+                out[:, : step + 1] = replacement
+                token = out[:, step]
+        finished = finished | (token == stop_id)
+        if step % check_every == check_every - 1 and bool(finished.all()):
+            break
+    lengths = (out == stop_id).int().cumsum(1).eq(0).sum(1)
+    return TextOutput(out, lengths, stream.num_calls)
+
+
+def _prefix_index(model: AutoregressiveModel, ids: Tensor, index: Tensor | None) -> Tensor:
+    if index is None:
+        index = torch.arange(model.prefix_slots - 1, model.prefix_slots - 1 + ids.shape[1], device=ids.device)
+    if index.shape not in (ids.shape, ids.shape[1:]):
+        raise ValueError(f"index must be {tuple(ids.shape)} or {tuple(ids.shape[1:])}, got {tuple(index.shape)}")
+    return index.to(ids.device)
+
+
+def _check_room(model: AutoregressiveModel, index: Tensor, max_tokens: int, grid: Sequence[int] | None) -> None:
+    last, positions = int(index[..., -1].max()), len(model.layout(grid))
+    if last + max_tokens > positions:
+        raise ValueError(
+            f"max_tokens={max_tokens} does not fit: the prefix ends at position {last} and this model has {positions}; "
+            f"at most {max(positions - last, 0)} tokens can follow"
+        )
