@@ -1,0 +1,94 @@
+"""`armm.pipeline`: a pipeline for a task, a published model's name, a directory or a hub id."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import logging
+from pathlib import Path
+from typing import Any
+
+from armm import weights, zoo
+from armm.convert import family_module
+from armm.hub import converted_folder, fetch
+from pipelines.base import ARPipeline
+from pipelines.loading import INDEX_NAME
+
+logger = logging.getLogger(__name__)
+
+# Task -> (module, pipeline class, shipped weights).
+TASKS: dict[str, tuple[str, str, str]] = {
+    "text-to-image": ("pipelines.unified_text_to_image", "UnifiedTextToImagePipeline", "scenes"),
+    "image-to-text": ("pipelines.unified_image_to_text", "UnifiedImageToTextPipeline", "scenes"),
+    "inpainting": ("pipelines.unified_inpaint", "UnifiedInpaintPipeline", "scenes"),
+}
+# Family -> (module, pipeline class).
+FAMILY_PIPELINES: dict[str, tuple[str, str]] = {"llamagen": ("pipelines.llamagen", "LlamaGenPipeline")}
+_HUB_OPTIONS = ("revision", "cache_dir", "local_files_only", "force_download", "token")
+
+
+def pipeline(model: str | Path, **kwargs: Any) -> ARPipeline:
+    """A ready pipeline.
+
+    Args:
+        model: one of
+            - a task: "text-to-image", "image-to-text" or "inpainting", done by the weights shipped with armm;
+            - a published model's name, such as "llamagen-c2i-b-256" (see `armm.list_models`): the authors' own files are
+              downloaded and converted, and both are cached;
+            - a directory written by `save_pretrained`, or a hub id of one.
+        kwargs: passed to the pipeline's `from_pretrained` (`dtype`, components, ...).
+    """
+    name = str(model)
+    if name in TASKS:
+        module, class_name, folder = TASKS[name]
+        return getattr(importlib.import_module(module), class_name).from_pretrained(weights.path(folder), **kwargs)
+    if name.lower() in zoo.ZOO:
+        return published_pipeline(name, **kwargs)
+    if Path(name).is_dir():
+        return ARPipeline.from_pretrained(name, **kwargs)
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        return ARPipeline.from_pretrained(name, **kwargs)
+    known = [*TASKS, *zoo.list_models()]
+    near = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5)
+    hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+    raise ValueError(
+        f"{name!r} is no task ({', '.join(TASKS)}), no published model (`armm zoo` lists them), no directory and no hub id.{hint}"
+    )
+
+
+def published_pipeline(name: str, *, config: dict[str, Any] | None = None, **kwargs: Any) -> ARPipeline:
+    """The pipeline of the zoo entry `name`: downloaded and converted once, then read from the cache.
+
+    Args:
+        config: options for the converter, added to the entry's.
+        kwargs: options of the hub (`revision`, `cache_dir`, `local_files_only`, `force_download`, `token`); the rest goes to
+            the pipeline's `from_pretrained`.
+    """
+    entry = zoo.get(name)
+    if entry.tokenizer is None:
+        users = [other.name for other in zoo.ZOO.values() if other.tokenizer == entry.name]
+        raise ValueError(
+            f"{entry.name} is a tokenizer, not a generator; use `armm.convert.convert({entry.family!r}, path)` for the tokenizer alone"
+            + (f", or one of the models that use it: {', '.join(users)}." if users else ".")
+        )
+    options = {key: kwargs.pop(key) for key in _HUB_OPTIONS if key in kwargs}
+    tokenizer_entry = zoo.get(entry.tokenizer)
+    file = fetch(entry.repo, entry.file, **options)
+    tokenizer_file = fetch(tokenizer_entry.repo, tokenizer_entry.file, **options)
+    module, class_name = FAMILY_PIPELINES[entry.family]
+    pipeline_class = getattr(importlib.import_module(module), class_name)
+    config = {**entry.config, **(config or {})}
+    folder = converted_folder(entry.name, [file, tokenizer_file], config)
+    if not (folder / INDEX_NAME).is_file():
+        logger.info("converting %s into %s", entry.file, folder)
+        parts = family_module(entry.family).load_single_file(
+            file,
+            tokenizer=tokenizer_file,
+            config=config or None,
+            generation_config=entry.generation_config,
+        )
+        pipeline_class(**parts).save_pretrained(folder)
+    if entry.text_encoder and "text_encoder" not in kwargs:
+        dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
+        kwargs |= pipeline_class.load_text_encoder(entry.text_encoder, dtype=dtype, **options)
+    return pipeline_class.from_pretrained(folder, **kwargs)

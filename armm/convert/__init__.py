@@ -1,0 +1,52 @@
+"""Converters: the files that authors published -> our modules. One module per family.
+
+`convert(family, path)` returns a component; `load_single_file` of a family's module returns the components of its pipeline.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from types import ModuleType
+from typing import Any
+
+from .containers import (
+    CheckpointError,
+    CheckpointKeysError,
+    CheckpointShapeError,
+    UnreadableCheckpointError,
+    UnsafeCheckpointError,
+)
+
+# Family -> the module with its `convert` and `load_single_file`.
+FAMILIES: dict[str, str] = {"llamagen": "armm.convert.llamagen"}
+
+__all__ = [
+    "FAMILIES",
+    "CheckpointError",
+    "CheckpointKeysError",
+    "CheckpointShapeError",
+    "UnreadableCheckpointError",
+    "UnsafeCheckpointError",
+    "convert",
+    "family_module",
+]
+
+
+def family_module(family: str) -> ModuleType:
+    """The converter of `family`; an unknown family is a ValueError with near matches."""
+    if family not in FAMILIES:
+        near = difflib.get_close_matches(str(family).lower(), FAMILIES, n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+        raise ValueError(f"unknown family {family!r}: {hint}there are converters for {', '.join(sorted(FAMILIES))}.")
+    return importlib.import_module(FAMILIES[family])
+
+
+def convert(family: str, path: Any, *, config: Any = None, **options: Any) -> Any:
+    """The component in the checkpoint file `path`, published by the authors of `family`.
+
+    Args:
+        config: what the file does not say; see the family's module.
+        options: further options of the family's `convert`, in every family `dtype` and `use_ema`.
+    """
+    return family_module(family).convert(path, config=config, **options)

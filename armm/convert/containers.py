@@ -1,0 +1,176 @@
+"""Reading checkpoint files of any container without running code from them.
+
+Published files are torch pickles or safetensors, flat or wrapped in one or two dictionaries, with or without the prefixes that
+DistributedDataParallel and `torch.compile` add. `load_state_dict` returns the plain name -> tensor mapping of any of them, or
+raises a `CheckpointError` that says what is wrong with the file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import pickle
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+# Keys under which trainers put the weights, in the order in which they are tried; a flat file has none of them.
+WEIGHT_KEYS = ("model", "module", "state_dict", "model_state_dict")
+EMA_KEYS = ("ema", "model_ema", "ema_state_dict")
+# Wrappers add these in front of every name.
+WRAPPER_PREFIXES = ("module.", "_orig_mod.", "_fsdp_wrapped_module.")
+# Harmless classes found in published files. Everything else that is not a tensor or plain data is refused.
+ALLOWED_CLASSES = (argparse.Namespace,)
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used."""
+
+
+class UnreadableCheckpointError(CheckpointError):
+    """Not a checkpoint, or one that is cut off or damaged."""
+
+
+class UnsafeCheckpointError(CheckpointError):
+    """A pickle that would run code when it is loaded."""
+
+
+class CheckpointKeysError(CheckpointError):
+    """Tensors that are missing or that nobody knows.
+
+    Attributes:
+        missing: names the checkpoint should hold but does not.
+        unknown: names the checkpoint holds but should not.
+    """
+
+    def __init__(self, message: str, *, missing: list[str] | None = None, unknown: list[str] | None = None) -> None:
+        super().__init__(message)
+        self.missing = missing or []
+        self.unknown = unknown or []
+
+
+class CheckpointShapeError(CheckpointError):
+    """Tensors whose shapes do not fit together."""
+
+
+def load_state_dict(path: Any, *, use_ema: bool = False) -> dict[str, torch.Tensor]:
+    """The weights in the checkpoint file `path`, by the names their authors gave them.
+
+    Args:
+        path: a `.pt`, `.pth`, `.bin`, `.ckpt` or `.safetensors` file.
+        use_ema: take the moving average that some trainers store beside the weights.
+
+    Tensors may be backed by the file itself (memory mapping): copy what outlives it.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise UnreadableCheckpointError(f"{path} is a directory, not a checkpoint file.")
+    if not path.is_file():
+        raise UnreadableCheckpointError(f"there is no checkpoint file {path}.")
+    content = _read_safetensors(path) if _is_safetensors(path) else _read_pickle(path)
+    return strip_prefixes(unwrap(content, path, use_ema=use_ema))
+
+
+def _is_safetensors(path: Path) -> bool:
+    if path.suffix == ".safetensors":
+        return True
+    with path.open("rb") as file:
+        head = file.read(9)
+    return len(head) == 9 and head[8:] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size
+
+
+def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UnreadableCheckpointError(f"{path} is not a whole safetensors file ({error}).") from error
+
+
+def _read_pickle(path: Path) -> Any:
+    with path.open("rb") as file:
+        head = file.read(4)
+    if not head:
+        raise UnreadableCheckpointError(f"{path} is empty.")
+    is_zip = zipfile.is_zipfile(path)
+    if head.startswith(b"PK") and not is_zip:
+        raise UnreadableCheckpointError(f"{path} is truncated: its archive has no end. Fetch it again.")
+    try:
+        with torch.serialization.safe_globals(list(ALLOWED_CLASSES)):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except pickle.UnpicklingError as error:
+        message = str(error)
+        named = re.search(r"(?:GLOBAL|Unsupported global:? GLOBAL|Unsupported class)\s+`?([\w.]+)", message)
+        if named or "Unsupported" in message or "not allowed" in message:
+            what = f" ({named[1]})" if named else ""
+            raise UnsafeCheckpointError(
+                f"{path} is refused: besides tensors it holds an object that would run code when loaded{what}. "
+                "Convert it to safetensors with the software that wrote it, on a machine where that code may run."
+            ) from error
+        raise UnreadableCheckpointError(f"{path} is not a torch checkpoint, or a damaged one.") from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UnreadableCheckpointError(f"{path} is not a torch checkpoint, or a truncated one ({reason}).") from error
+
+
+def unwrap(content: Any, path: Any = "the checkpoint", *, use_ema: bool = False) -> dict[str, torch.Tensor]:
+    """The innermost name -> tensor mapping of what a checkpoint file held; training state beside it is left out."""
+    for _ in range(3):
+        if not isinstance(content, Mapping):
+            raise UnreadableCheckpointError(f"{path} holds a {type(content).__name__}, not a dictionary of tensors.")
+        key = _weights_key(content, path, use_ema)
+        if key is None:
+            break
+        logger.debug("%s: weights under %r", path, key)
+        content, use_ema = content[key], False
+    if not content:
+        raise UnreadableCheckpointError(f"{path} holds no tensors.")
+    if use_ema:
+        raise CheckpointKeysError(
+            f"{path} holds no moving average: none of the keys {', '.join(EMA_KEYS)}.", missing=list(EMA_KEYS)
+        )
+    wrong = sorted(str(name) for name, value in content.items() if not isinstance(value, torch.Tensor))
+    if wrong:
+        raise CheckpointKeysError(
+            f"{path} is not a dictionary of tensors: {', '.join(map(repr, wrong[:8]))} are none. Looked for weights under "
+            f"{', '.join(WEIGHT_KEYS)}.",
+            unknown=wrong,
+        )
+    return dict(content)
+
+
+def _weights_key(content: Mapping[str, Any], path: Any, use_ema: bool) -> str | None:
+    nested = [key for key, value in content.items() if isinstance(value, Mapping)]
+    order = EMA_KEYS if use_ema else (*WEIGHT_KEYS, *EMA_KEYS)
+    for key in order:
+        if key in nested:
+            return key
+    return None
+
+
+def strip_prefixes(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """`state` without the prefixes that wrappers put in front of every name."""
+    state = dict(state)
+    changed = True
+    while changed:
+        changed = False
+        for prefix in WRAPPER_PREFIXES:
+            if state and all(name.startswith(prefix) for name in state):
+                state = {name[len(prefix) :]: value for name, value in state.items()}
+                changed = True
+    # torch.compile and FSDP of inner modules leave theirs in the middle of names
+    inner = ("._orig_mod.", "._fsdp_wrapped_module.")
+    renamed = {}
+    for name, value in state.items():
+        for part in inner:
+            name = name.replace(part, ".")
+        renamed[name] = value
+    return renamed

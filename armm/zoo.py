@@ -1,0 +1,130 @@
+"""The table of published checkpoints that armm loads, by name. Importing it costs nothing."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class ZooEntry:
+    """One published checkpoint.
+
+    Args:
+        name: how `armm.pipeline` and `armm zoo` call it.
+        family: the converter that reads its files.
+        task: "class-to-image", "text-to-image" or "tokenizer".
+        repo: hub repository of `file`.
+        file: the authors' own file.
+        parameters: of the model in `file`, in millions.
+        licence: as the authors state it.
+        image_size: side of the images in pixels; 0 for tokenizers, which take any size.
+        tokenizer: zoo name of the tokenizer whose codes the model speaks.
+        text_encoder: hub id of the text encoder, stored apart by the authors.
+        generation_config: the preset its authors used.
+        figures: published quality figures, by name.
+        config: what the file does not say about its model.
+        paper: arXiv number.
+    """
+
+    name: str
+    family: str
+    task: str
+    repo: str
+    file: str
+    parameters: float
+    licence: str
+    image_size: int = 0
+    tokenizer: str | None = None
+    text_encoder: str | None = None
+    generation_config: dict[str, Any] = field(default_factory=dict)
+    figures: dict[str, float] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    paper: str = ""
+
+
+_LLAMAGEN = {"family": "llamagen", "licence": "MIT (code); no separate weight licence stated", "paper": "2406.06525"}
+_C2I_REPO, _T2I_REPO = "FoundationVision/LlamaGen", "peizesun/llamagen_t2i"
+
+
+def _vq(name: str, repo: str, file: str, parameters: float, figures: dict[str, float]) -> ZooEntry:
+    return ZooEntry(name, task="tokenizer", repo=repo, file=file, parameters=parameters, figures=figures, **_LLAMAGEN)
+
+
+def _c2i(letter: str, size: int, parameters: float, fid_guidance: float, figures: dict[str, float]) -> ZooEntry:
+    # The class-conditional demo's sampling settings; the scale of the FID runs is kept beside the figure it gave.
+    return ZooEntry(
+        f"llamagen-c2i-{letter.lower()}-{size}",
+        task="class-to-image",
+        repo=_C2I_REPO,
+        file=f"c2i_{letter}_{size}.pt",
+        parameters=parameters,
+        image_size=size,
+        tokenizer="llamagen-vq-ds16-c2i",
+        generation_config={"guidance_scale": 4.0, "temperature": 1.0, "top_k": 2000, "top_p": 1.0},
+        figures={**figures, "guidance_scale of the FID run": fid_guidance},
+        **_LLAMAGEN,
+    )
+
+
+def _t2i(stage: int, size: int) -> ZooEntry:
+    return ZooEntry(
+        f"llamagen-t2i-xl-{size}",
+        task="text-to-image",
+        repo=_T2I_REPO,
+        file=f"t2i_XL_stage{stage}_{size}.pt",
+        parameters=777.7,
+        image_size=size,
+        tokenizer="llamagen-vq-ds16-t2i",
+        text_encoder="google/flan-t5-xl",
+        generation_config={"guidance_scale": 7.5, "temperature": 1.0, "top_k": 1000, "top_p": 1.0},
+        **_LLAMAGEN,
+    )
+
+
+_FID = "FID 256x256 (ImageNet)"
+_ENTRIES = (
+    _vq("llamagen-vq-ds16-c2i", _C2I_REPO, "vq_ds16_c2i.pt", 72, {"rFID 256x256 (ImageNet val)": 2.19}),
+    _vq("llamagen-vq-ds8-c2i", _C2I_REPO, "vq_ds8_c2i.pt", 70, {"rFID 256x256 (ImageNet val)": 0.59}),
+    _vq("llamagen-vq-ds16-t2i", _T2I_REPO, "vq_ds16_t2i.pt", 72, {}),
+    _c2i("B", 256, 110.9, 2.0, {_FID: 5.46}),
+    _c2i("B", 384, 110.9, 2.0, {_FID: 6.09}),
+    _c2i("L", 256, 342.9, 2.0, {_FID: 3.80}),
+    _c2i("L", 384, 342.9, 2.0, {_FID: 3.07}),
+    _c2i("XL", 384, 774.7, 1.75, {_FID: 2.62}),
+    _c2i("XXL", 384, 1411.0, 1.75, {_FID: 2.34}),
+    _c2i("3B", 384, 3096.7, 1.65, {_FID: 2.18, "IS": 263.3}),
+    _t2i(1, 256),
+    _t2i(2, 512),
+)
+ZOO: dict[str, ZooEntry] = {entry.name: entry for entry in _ENTRIES}
+
+
+def list_models(pattern: str = "*", *, task: str | None = None) -> list[str]:
+    """Names of the published checkpoints that match `pattern` ("llamagen-c2i-*"), sorted as in the table.
+
+    Args:
+        task: only those of one task: "class-to-image", "text-to-image" or "tokenizer".
+    """
+    tasks = {entry.task for entry in ZOO.values()}
+    if task is not None and task not in tasks:
+        raise ValueError(f"unknown `task` {task!r}: choose from {', '.join(sorted(tasks))}.")
+    lowered = pattern.lower()
+    return [name for name, entry in ZOO.items() if fnmatch.fnmatchcase(name, lowered) and task in (None, entry.task)]
+
+
+def get(name: str) -> ZooEntry:
+    """The entry `name`; an unknown name is a ValueError with near matches."""
+    entry = ZOO.get(name.lower())
+    if entry is None:
+        near = difflib.get_close_matches(name.lower(), ZOO, n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+        raise ValueError(f"unknown model {name!r}: {hint}`armm zoo` lists all names.")
+    return entry
+
+
+def by_file(file_name: str) -> ZooEntry | None:
+    """The entry whose authors' file is called `file_name`, if there is one."""
+    return next((entry for entry in ZOO.values() if entry.file == file_name), None)

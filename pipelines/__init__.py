@@ -1,0 +1,30 @@
+"""Pipelines: one file per family or task, on diffusers' conventions."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_PUBLIC = {
+    "ARPipeline": "pipelines.base",
+    "ARPipelineOutput": "pipelines.outputs",
+    "ARTextOutput": "pipelines.outputs",
+    "LlamaGenPipeline": "pipelines.llamagen",
+    "UnifiedTextToImagePipeline": "pipelines.unified_text_to_image",
+    "UnifiedImageToTextPipeline": "pipelines.unified_image_to_text",
+    "UnifiedInpaintPipeline": "pipelines.unified_inpaint",
+}
+
+__all__ = sorted(_PUBLIC)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'pipelines' has no attribute {name!r}; it has {', '.join(__all__)}")
+    value = getattr(importlib.import_module(_PUBLIC[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,228 @@
+"""`ARPipeline`: what every pipeline of armm shares, and what diffusers leaves to third parties.
+
+- Hub ids load (diffusers refuses component classes outside itself), also from the cache without a network.
+- The modules of our component classes are imported before diffusers looks for them.
+- Weights are strict in both directions: a missing or an unknown tensor is an error, not a warning and a `meta` tensor.
+- Directories are written whole or not at all.
+- Each checkpoint carries the settings its authors used (`generation_config`), which call arguments override.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import PIL.Image
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.image_processor import VaeImageProcessor
+
+from armm.hub import fetch_snapshot
+from tokenizers_visual.codes import Codes
+
+from . import loading
+
+__all__ = ["ARPipeline", "DiffusionPipeline", "OUTPUT_TYPES"]
+
+logger = logging.getLogger(__name__)
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+class ARPipeline(DiffusionPipeline):
+    """Base of all pipelines. Subclasses register their components and the settings that a checkpoint may preset.
+
+    Class attributes:
+        generation_settings: the names and library defaults of the settings a `generation_config` may hold.
+        model_cpu_offload_seq: the modules in the order in which a call runs them.
+    """
+
+    generation_settings: ClassVar[dict[str, Any]] = {}
+    model_cpu_offload_seq = "text_encoder->transformer->tokenizer"
+    _optional_components: ClassVar[list[str]] = []
+    _callback_tensor_inputs: ClassVar[list[str]] = ["latents"]
+    # Module with `load_single_file(path, ...) -> dict` for files in their authors' own format. It sits above the
+    # pipelines, so it is named here and imported when a file is read.
+    single_file_loader: ClassVar[str | None] = None
+
+    # ------------------------------------------------------------------ loading and saving
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> ARPipeline:
+        """Loads a pipeline from a directory or a hub id.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`): a directory written by `save_pretrained`, or
+                "organisation/repository" on the hub.
+            dtype (`torch.dtype` or `dict`, *optional*): dtype of the weights; a dict names components and `"default"`.
+                `torch_dtype` is accepted as well.
+            kwargs: everything that `DiffusionPipeline.from_pretrained` accepts, components included.
+        """
+        if "torch_dtype" in kwargs:
+            torch_dtype = kwargs.pop("torch_dtype")
+            if kwargs.get("dtype") is None:
+                kwargs["dtype"] = torch_dtype
+            elif torch_dtype not in (None, kwargs["dtype"]):
+                raise ValueError(
+                    f"`dtype` ({kwargs['dtype']}) and its old name `torch_dtype` ({torch_dtype}) disagree: give one."
+                )
+        loading.check_dtype(kwargs.get("dtype"))
+        name = str(pretrained_model_name_or_path)
+        if Path(name).is_dir():
+            folder = Path(name)
+        else:
+            hub_keys = ("cache_dir", "force_download", "local_files_only", "token", "revision", "variant")
+            folder = Path(cls.download(name, **{key: kwargs[key] for key in hub_keys if key in kwargs}))
+        index = loading.read_index(folder)
+        target = loading.pipeline_class(index, folder) if cls is ARPipeline else cls
+        if index["_class_name"] != target.__name__:
+            raise ValueError(
+                f"{name} holds a {index['_class_name']}, not a {target.__name__}: load it with "
+                f"`armm.{index['_class_name']}.from_pretrained` or with `armm.pipeline`, which reads the class from the directory."
+            )
+        loading.import_component_modules(index)
+        loading.check_component_files(folder, index, skip=set(kwargs), variant=kwargs.get("variant"))
+        pipe = DiffusionPipeline.from_pretrained.__func__(target, str(folder), **kwargs)
+        if kwargs.get("quantization_config") is None:
+            loading.check_loaded_weights(pipe, folder, index, skip=set(kwargs), variant=kwargs.get("variant"))
+        pipe.register_to_config(_name_or_path=name)
+        return pipe
+
+    @classmethod
+    def download(cls, pretrained_model_name: str, **kwargs: Any) -> str:
+        """The local snapshot of a hub repository; taken from the cache where the network cannot be reached."""
+        kwargs.pop("variant", None)
+        return str(fetch_snapshot(pretrained_model_name, **kwargs))
+
+    @classmethod
+    def from_single_file(cls, pretrained_model_link_or_path: Any, **kwargs: Any) -> ARPipeline:
+        """Builds a pipeline from a file in the format its authors published.
+
+        Args:
+            pretrained_model_link_or_path (`str` or `os.PathLike`): a local file, a hub link
+                (`https://.../org/repo/resolve/main/file.pt`) or `org/repo/file.pt`.
+            kwargs: what the family's loader accepts, in every family `config` and `dtype`.
+        """
+        if cls.single_file_loader is None:
+            raise ValueError(
+                f"{cls.__name__} has no published single-file format: use `{cls.__name__}.from_pretrained(directory)`."
+            )
+        if "torch_dtype" in kwargs:
+            kwargs.setdefault("dtype", kwargs.pop("torch_dtype"))
+        loading.check_dtype(kwargs.get("dtype"))
+        loader = importlib.import_module(cls.single_file_loader)
+        return cls(**loader.load_single_file(pretrained_model_link_or_path, **kwargs))
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """Writes `model_index.json` and one folder per component; on failure nothing is left behind.
+
+        Takes the arguments of `DiffusionPipeline.save_pretrained` (`variant`, `max_shard_size`, `push_to_hub`, ...).
+        """
+        if kwargs.get("push_to_hub"):
+            kwargs.setdefault("repo_id", Path(save_directory).name)
+        with loading.atomic_directory(save_directory) as temporary:
+            super().save_pretrained(str(temporary), *args, **kwargs)
+
+    # ------------------------------------------------------------------ settings
+
+    def register_generation_config(self, generation_config: dict[str, Any] | None) -> None:
+        """Keeps the settings of this checkpoint in `model_index.json`. Unknown names are a ValueError."""
+        settings = dict(generation_config or {})
+        for name in settings:
+            loading.check_choice(name, sorted(self.generation_settings), "`generation_config` key")
+        self.register_to_config(generation_config=settings)
+
+    @property
+    def generation_config(self) -> dict[str, Any]:
+        """The settings a call uses where its arguments do not say otherwise."""
+        return {**self.generation_settings, **(self.config.get("generation_config") or {})}
+
+    def setting(self, name: str, value: Any) -> Any:
+        """`value`, or this checkpoint's setting `name` where `value` is None."""
+        return self.generation_config[name] if value is None else value
+
+    # ------------------------------------------------------------------ pieces of a call
+
+    @property
+    def guidance_scale(self) -> float:
+        """Guidance scale of the running (or last) call; set `_guidance_scale` in a callback to change it."""
+        return self._guidance_scale
+
+    @property
+    def num_timesteps(self) -> int:
+        """Decoding steps of the running (or last) call."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """True once a callback has set `_interrupt`."""
+        return self._interrupt
+
+    @staticmethod
+    def check_output_type(output_type: str) -> None:
+        """Raises ValueError unless `output_type` is one of `OUTPUT_TYPES`."""
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"`output_type` must be one of {', '.join(map(repr, OUTPUT_TYPES))}, got {output_type!r}.")
+
+    @staticmethod
+    def check_generator(generator: Any, batch_size: int) -> None:
+        """Raises unless `generator` is None, one generator, or a list with one generator for each of `batch_size` images."""
+        if generator is None or isinstance(generator, torch.Generator):
+            return
+        if not isinstance(generator, (list, tuple)) or not all(isinstance(item, torch.Generator) for item in generator):
+            raise TypeError(f"`generator` must be a torch.Generator or a list of them, got {type(generator).__name__}.")
+        if len(generator) != batch_size:
+            raise ValueError(
+                f"`generator` holds {len(generator)} generators, but the call makes {batch_size} images: give one for each image."
+            )
+
+    def check_callback_inputs(self, names: Sequence[str] | None) -> None:
+        """Raises ValueError for tensors that this pipeline does not offer to `callback_on_step_end`."""
+        unknown = [name for name in names or () if name not in self._callback_tensor_inputs]
+        if unknown:
+            raise ValueError(
+                f"`callback_on_step_end_tensor_inputs` must be among {self._callback_tensor_inputs}, got unknown {unknown}."
+            )
+
+    @staticmethod
+    def check_number(name: str, value: Any, *, low: float, high: float = float("inf"), integer: bool = False) -> None:
+        """Raises unless `value` is a finite number in [low, high] (an int if `integer`)."""
+        kinds = (int, np.integer) if integer else (int, float, np.integer, np.floating)
+        if isinstance(value, bool) or not isinstance(value, kinds):
+            raise TypeError(f"`{name}` must be {'an integer' if integer else 'a number'}, got {value!r}.")
+        if not low <= value <= high or value == float("inf"):
+            bounds = f"at least {low}" if high == float("inf") else f"between {low} and {high}"
+            raise ValueError(f"`{name}` must be {bounds}, got {value}.")
+
+    def step_end(
+        self,
+        callback: Callable[..., dict[str, Any]] | None,
+        names: Sequence[str],
+        step: int,
+        tensors: dict[str, Any],
+    ) -> dict[str, Any]:
+        """Calls a user's `callback_on_step_end` and returns the tensors it replaced."""
+        if callback is None:
+            return {}
+        replaced = callback(self, step, step, {name: tensors[name] for name in names})
+        return replaced or {}
+
+    def decode_codes_to_images(
+        self, codes: Codes, output_type: str = "pil"
+    ) -> list[PIL.Image.Image] | np.ndarray | torch.Tensor:
+        """Images of `codes` through `self.tokenizer`, in the asked form; `"latent"` returns the codes' own tensor."""
+        self.check_output_type(output_type)
+        if output_type == "latent":
+            return codes.tensor
+        pixels = self.tokenizer.decode(codes)
+        return self.pixels_to_images(pixels, output_type)
+
+    @staticmethod
+    def pixels_to_images(pixels: torch.Tensor, output_type: str) -> list[PIL.Image.Image] | np.ndarray | torch.Tensor:
+        """Pixels [B, 3, H, W] in [-1, 1] (not clamped) as `"pil"`, `"np"` or `"pt"`."""
+        pixels = pixels.float() if output_type != "pt" else pixels
+        return VaeImageProcessor().postprocess(pixels, output_type=output_type)

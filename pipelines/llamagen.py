@@ -1,0 +1,448 @@
+"""`LlamaGenPipeline`: raster next-token image generation from a class or a text (LlamaGen, arXiv 2406.06525)."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import PIL.Image
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils.doc_utils import replace_example_docstring
+
+from armm.condition import Condition
+from armm.decoding.guidance import Guidance
+from armm.decoding.next_token import NextTokenDecoding
+from armm.decoding.sampling import Sampler
+from armm.model import AutoregressiveModel
+from tokenizers_visual.codes import Codes
+from tokenizers_visual.vq_tokenizer import VQTokenizer
+
+from .base import ARPipeline
+from .captions import clean_caption
+from .imagenet import class_index
+from .outputs import ARPipelineOutput
+
+__all__ = ["DiffusionPipeline", "LlamaGenPipeline"]
+
+logger = logging.getLogger(__name__)
+
+EXAMPLE_DOC_STRING = """
+    Examples:
+        ```py
+        >>> import armm
+
+        >>> pipe = armm.pipeline("llamagen-c2i-b-256")
+        >>> images = pipe(class_labels=[207, "red fox"], guidance_scale=4.0).images
+
+        >>> pipe = armm.LlamaGenPipeline.from_single_file("c2i_B_256.pt", tokenizer="vq_ds16_c2i.pt")
+        >>> pipe.save_pretrained("llamagen-b")
+        ```
+"""
+
+
+class LlamaGenPipeline(ARPipeline):
+    """Class- or text-conditional generation with a LlamaGen transformer.
+
+    Args:
+        tokenizer (`VQTokenizer`): decodes token ids to pixels.
+        transformer (`AutoregressiveModel`): with a class or a caption condition.
+        decoding (`NextTokenDecoding`): the decoding strategy.
+        text_encoder (`T5EncoderModel`, *optional*): for prompts; the published models use google/flan-t5-xl.
+        text_tokenizer (`T5Tokenizer`, *optional*): belongs to the text encoder.
+        generation_config (`dict`, *optional*): settings of this checkpoint, see `generation_settings`.
+    """
+
+    model_cpu_offload_seq = "text_encoder->transformer->tokenizer"
+    _optional_components: ClassVar[list[str]] = ["text_encoder", "text_tokenizer"]
+    _callback_tensor_inputs: ClassVar[list[str]] = ["latents"]
+    single_file_loader = "armm.convert.llamagen"
+    generation_settings: ClassVar[dict[str, Any]] = {
+        "guidance_scale": 4.0,
+        "guidance_interval": -1,
+        "temperature": 1.0,
+        "top_k": 0,
+        "top_p": 1.0,
+        "do_sample": True,
+        "clean_prompt": True,
+    }
+
+    def __init__(
+        self,
+        tokenizer: VQTokenizer,
+        transformer: AutoregressiveModel,
+        decoding: NextTokenDecoding,
+        text_encoder: Any = None,
+        text_tokenizer: Any = None,
+        generation_config: dict | None = None,
+    ) -> None:
+        super().__init__()
+        if tokenizer is not None and transformer is not None and tokenizer.codebook_size > transformer.vocab_size:
+            logger.warning(
+                "the tokenizer has %d codes, the transformer only %d", tokenizer.codebook_size, transformer.vocab_size
+            )
+        self.register_modules(
+            tokenizer=tokenizer,
+            transformer=transformer,
+            decoding=decoding,
+            text_encoder=text_encoder,
+            text_tokenizer=text_tokenizer,
+        )
+        self.register_generation_config(generation_config)
+
+    # ------------------------------------------------------------------ text
+
+    @staticmethod
+    def load_text_encoder(repo_id: str, *, dtype: Any = None, **options: Any) -> dict[str, Any]:
+        """The components for prompts from the T5 model `repo_id`; none (and a warning) where transformers is not installed."""
+        if importlib.util.find_spec("transformers") is None:
+            logger.warning(
+                "transformers is not installed: give `prompt_embeds` instead of prompts, or `pip install armm[transformers]`"
+            )
+            return {"text_encoder": None, "text_tokenizer": None}
+        from transformers import AutoTokenizer, T5EncoderModel
+
+        if isinstance(dtype, dict):
+            dtype = dtype.get("text_encoder", dtype.get("default"))
+        return {
+            "text_encoder": T5EncoderModel.from_pretrained(repo_id, dtype=dtype or torch.float32, **options),
+            "text_tokenizer": AutoTokenizer.from_pretrained(repo_id, **options),
+        }
+
+    def encode_prompt(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        prompt_attention_mask: torch.Tensor | None = None,
+        device: torch.device | None = None,
+        clean_prompt: bool | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The text features [B, T, C] the transformer is conditioned on and their mask [B, T], aligned to the right.
+
+        Args:
+            prompt (`str` or `list`): encoded with the text encoder, padded and cut to T tokens.
+            prompt_embeds (`torch.Tensor`): features given instead, [B, up to T, C]; without a mask they must fill all T slots.
+            prompt_attention_mask (`torch.Tensor`): [B, up to T], 1 where a feature is real.
+            clean_prompt (`bool`): clean prompts as the authors do.
+        """
+        device = device or self._execution_device
+        embedding = self.transformer.condition_embedding
+        slots = embedding.num_tokens
+        if prompt_embeds is None:
+            prompts = [prompt] if isinstance(prompt, str) else list(prompt or [])
+            if self.text_encoder is None or self.text_tokenizer is None:
+                raise ValueError(
+                    "this pipeline has no text encoder: pass `text_encoder` and `text_tokenizer` (google/flan-t5-xl for the published "
+                    "models; `LlamaGenPipeline.load_text_encoder` loads them), or give `prompt_embeds` and `prompt_attention_mask`."
+                )
+            if self.setting("clean_prompt", clean_prompt):
+                prompts = [clean_caption(clean_caption(text)) for text in prompts]
+            tokens = self.text_tokenizer(
+                prompts,
+                max_length=slots,
+                padding="max_length",
+                truncation=True,
+                return_attention_mask=True,
+                add_special_tokens=True,
+                return_tensors="pt",
+            )
+            prompt_attention_mask = tokens.attention_mask.to(device)
+            prompt_embeds = self.text_encoder(tokens.input_ids.to(device), attention_mask=prompt_attention_mask)[0]
+        elif prompt_embeds.dim() != 3 or prompt_embeds.shape[-1] != embedding.in_dim or prompt_embeds.shape[1] > slots:
+            raise ValueError(
+                f"`prompt_embeds` must be [batch, up to {slots}, {embedding.in_dim}] for this transformer, got "
+                f"{tuple(prompt_embeds.shape)}."
+            )
+        if prompt_attention_mask is None:
+            if prompt_embeds.shape[1] != slots:
+                raise ValueError(
+                    f"`prompt_embeds` of {prompt_embeds.shape[1]} tokens need a `prompt_attention_mask`; without one they must fill "
+                    f"all {slots} slots."
+                )
+            return prompt_embeds.to(device), None
+        if tuple(prompt_attention_mask.shape) != tuple(prompt_embeds.shape[:2]):
+            raise ValueError(
+                f"`prompt_attention_mask` must be {tuple(prompt_embeds.shape[:2])} as `prompt_embeds`, got "
+                f"{tuple(prompt_attention_mask.shape)}."
+            )
+        return align_right(prompt_embeds.to(device), prompt_attention_mask.to(device), slots)
+
+    # ------------------------------------------------------------------ the call
+
+    def check_inputs(
+        self,
+        class_labels: Any,
+        prompt: Any,
+        prompt_embeds: torch.Tensor | None,
+        prompt_attention_mask: torch.Tensor | None,
+        height: int,
+        width: int,
+        num_images_per_prompt: int,
+    ) -> None:
+        """Raises ValueError or TypeError for requests that this checkpoint cannot answer."""
+        given = [
+            name
+            for name, value in (("class_labels", class_labels), ("prompt", prompt), ("prompt_embeds", prompt_embeds))
+            if value is not None
+        ]
+        wanted = ("class_labels",) if self.transformer.condition_type == "class" else ("prompt", "prompt_embeds")
+        if len(given) != 1 or given[0] not in wanted:
+            kind = "class" if wanted[0] == "class_labels" else "text"
+            raise ValueError(
+                f"this checkpoint is conditioned on a {kind}: give {' or '.join(f'`{name}`' for name in wanted)}, got "
+                f"{', '.join(f'`{name}`' for name in given) or 'neither'}."
+            )
+        if prompt is not None:
+            prompts = [prompt] if isinstance(prompt, str) else prompt
+            if (
+                not isinstance(prompts, (list, tuple))
+                or not prompts
+                or not all(isinstance(text, str) for text in prompts)
+            ):
+                raise TypeError(f"`prompt` must be a string or a non-empty list of strings, got {prompt!r}.")
+        if prompt_embeds is None and prompt_attention_mask is not None:
+            raise ValueError("`prompt_attention_mask` belongs to `prompt_embeds`: give both or neither.")
+        self.check_number("num_images_per_prompt", num_images_per_prompt, low=1, integer=True)
+        step = self.tokenizer.downsample
+        for name, value in (("height", height), ("width", width)):
+            self.check_number(name, value, low=step, integer=True)
+            if value % step:
+                raise ValueError(f"`{name}` must be a multiple of {step}, the pixels of a token, got {value}.")
+
+    def class_indices(self, class_labels: Any) -> list[int]:
+        """`class_labels` (numbers, ImageNet names, or a tensor) as checked class indices."""
+        classes = self.transformer.condition_embedding.num_classes
+        if isinstance(class_labels, (torch.Tensor, np.ndarray)):
+            class_labels = class_labels.tolist()
+        labels = list(class_labels) if isinstance(class_labels, (list, tuple)) else [class_labels]
+        if not labels:
+            raise ValueError("`class_labels` is empty: give at least one class.")
+        indices = []
+        for label in labels:
+            if isinstance(label, str):
+                if classes != 1000:
+                    raise ValueError(
+                        f"class names are known for ImageNet's 1000 classes; this checkpoint has {classes}: give numbers."
+                    )
+                label = class_index(label)
+            if isinstance(label, bool) or not isinstance(label, (int, np.integer)):
+                raise TypeError(f"`class_labels` must be class numbers or names, got {label!r}.")
+            if not 0 <= label < classes:
+                raise ValueError(f"`class_labels` must lie between 0 and {classes - 1}, got {label}.")
+            indices.append(int(label))
+        return indices
+
+    @torch.no_grad()
+    @replace_example_docstring(EXAMPLE_DOC_STRING)
+    def __call__(
+        self,
+        class_labels: int | str | Sequence[int | str] | torch.Tensor | None = None,
+        prompt: str | Sequence[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        guidance_scale: float | None = None,
+        guidance_interval: int | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        do_sample: bool | None = None,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        noise: torch.Tensor | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        prompt_attention_mask: torch.Tensor | None = None,
+        clean_prompt: bool | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        output_codes: bool = False,
+        callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> ARPipelineOutput | tuple[list[PIL.Image.Image] | np.ndarray | torch.Tensor, ...]:
+        r"""Generates images.
+
+        Settings left at None take the value in the checkpoint's `generation_config`.
+
+        Args:
+            class_labels (`int`, `str` or `list`): classes by number or, for ImageNet models, by name. Text-conditional models
+                take texts given here as the prompt, so that `pipe("a red fox")` works for both.
+            prompt (`str` or `list[str]`): what to draw, for text-conditional models with a text encoder.
+            height (`int`, *optional*), width (`int`, *optional*): in pixels, multiples of the tokenizer's downsampling;
+                other sizes than the trained one work but were not trained.
+            guidance_scale (`float`, *optional*): classifier-free guidance; up to 1 only the condition is run.
+            guidance_interval (`int`, *optional*): last decode step that is guided, -1 for all.
+            temperature (`float`, *optional*), top_k (`int`, *optional*, 0: off), top_p (`float`, *optional*, 1: off): the
+                sampling filters, applied in this order.
+            do_sample (`bool`, *optional*): False takes the most likely token.
+            num_images_per_prompt (`int`, *optional*, defaults to 1): images for each class or prompt.
+            generator (`torch.Generator` or `list`, *optional*): randomness; a list has one generator for each image, which then
+                does not depend on the rest of the batch.
+            latents (`torch.Tensor`, *optional*): token ids [B, N] to keep, -1 where tokens are to be generated.
+            noise (`torch.Tensor`, *optional*): recorded exponential noise [B, N, vocabulary] that replaces the generator.
+            prompt_embeds (`torch.Tensor`, *optional*), prompt_attention_mask (`torch.Tensor`, *optional*): text features
+                [B, T, C] and their mask [B, T], see `encode_prompt`.
+            clean_prompt (`bool`, *optional*): clean prompts as the authors do.
+            output_type (`str`, *optional*, defaults to `"pil"`): `"pil"`, `"np"`, `"pt"` or `"latent"` (token ids [B, N]).
+            return_dict (`bool`, *optional*, defaults to `True`): False returns a tuple.
+            output_codes (`bool`, *optional*, defaults to `False`): also return the `Codes`.
+            callback_on_step_end (`Callable`, *optional*): called as `callback(pipe, step, timestep, tensors)` after each token;
+                it may return replaced tensors, set `pipe._guidance_scale`, or end the call with `pipe._interrupt = True`.
+            callback_on_step_end_tensor_inputs (`list`, *optional*): which tensors it sees: `"latents"`, the token ids so far
+                [B, step + 1].
+
+        Examples:
+
+        Returns:
+            [`ARPipelineOutput`] or `tuple`: the images (and the codes, if asked for).
+        """
+        self.check_output_type(output_type)
+        self.check_callback_inputs(callback_on_step_end_tensor_inputs)
+        if prompt is None and self.transformer.condition_type == "caption" and _is_text(class_labels):
+            class_labels, prompt = None, class_labels
+        rows, columns = self.transformer.grid
+        height = rows * self.tokenizer.downsample if height is None else height
+        width = columns * self.tokenizer.downsample if width is None else width
+        self.check_inputs(
+            class_labels, prompt, prompt_embeds, prompt_attention_mask, height, width, num_images_per_prompt
+        )
+        settings = self.check_settings(
+            guidance_scale=guidance_scale,
+            guidance_interval=guidance_interval,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            do_sample=do_sample,
+        )
+        grid = (height // self.tokenizer.downsample, width // self.tokenizer.downsample)
+        if grid != self.transformer.grid:
+            logger.warning(
+                "this checkpoint was trained on %dx%d tokens; %dx%d is out of its training", rows, columns, *grid
+            )
+
+        self._guidance_scale = settings["guidance_scale"]
+        self._interrupt = False
+        device = self._execution_device
+        condition = self.encode_condition(
+            class_labels, prompt, prompt_embeds, prompt_attention_mask, clean_prompt, device
+        )
+        condition = condition.repeat(num_images_per_prompt)
+        self.check_generator(generator, condition.batch)
+        known_ids, known_mask = self.known_tokens(latents, condition.batch, grid, device)
+        self.check_noise(noise, condition.batch, grid)
+        guidance = Guidance(self._guidance_scale, interval=settings["guidance_interval"])
+        sampler = Sampler(**{name: settings[name] for name in ("temperature", "top_k", "top_p", "do_sample")})
+        null_condition = self.transformer.null_condition(condition.batch, like=condition) if guidance.active else None
+        self._num_timesteps = self.decoding.num_calls(grid)
+
+        with self.progress_bar(total=self._num_timesteps) as bar:
+
+            def after_token(step: int, ids: torch.Tensor) -> torch.Tensor | None:
+                bar.update()
+                if callback_on_step_end is None:
+                    return None
+                replaced = self.step_end(
+                    callback_on_step_end, callback_on_step_end_tensor_inputs, step, {"latents": ids}
+                )
+                guidance.scale = self._guidance_scale
+                return replaced.get("latents")
+
+            output = self.decoding(
+                self.transformer,
+                condition,
+                null_condition,
+                grid,
+                sampler=sampler,
+                guidance=guidance,
+                noise=generator if noise is None else noise,
+                known_ids=known_ids,
+                known_mask=known_mask,
+                callback=after_token,
+                interrupt=lambda: self._interrupt,
+            )
+        codes = Codes(ids=output.ids, grid=(1, *grid))
+        images = self.decode_codes_to_images(codes, output_type)
+        self.maybe_free_model_hooks()
+        if not return_dict:
+            return (images, codes) if output_codes else (images,)
+        return ARPipelineOutput(images=images, codes=codes if output_codes else None)
+
+    def encode_condition(
+        self,
+        class_labels: Any,
+        prompt: Any,
+        prompt_embeds: torch.Tensor | None,
+        prompt_attention_mask: torch.Tensor | None,
+        clean_prompt: bool | None,
+        device: torch.device,
+    ) -> Condition:
+        """The checked request as what the transformer is fed."""
+        if class_labels is not None:
+            return self.transformer.condition(labels=torch.tensor(self.class_indices(class_labels), device=device))
+        features, mask = self.encode_prompt(prompt, prompt_embeds, prompt_attention_mask, device, clean_prompt)
+        return self.transformer.condition(features=features, mask=mask)
+
+    def known_tokens(
+        self, latents: torch.Tensor | None, batch: int, grid: tuple[int, int], device: torch.device
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The ids to keep and where: `latents` [B, N] (or [1, N]) with -1 at open places."""
+        if latents is None:
+            return None, None
+        tokens = grid[0] * grid[1]
+        if not isinstance(latents, torch.Tensor) or latents.dtype != torch.int64 or latents.dim() != 2:
+            raise TypeError(
+                "`latents` must be an int64 tensor of token ids [batch, tokens], -1 where tokens are to be generated."
+            )
+        if latents.shape[0] not in (1, batch) or latents.shape[1] != tokens:
+            raise ValueError(f"`latents` must be [{batch}, {tokens}] for this call, got {list(latents.shape)}.")
+        if int(latents.min()) < -1 or int(latents.max()) >= self.transformer.vocab_size:
+            raise ValueError(f"`latents` must lie between -1 (open) and {self.transformer.vocab_size - 1}.")
+        latents = latents.to(device).expand(batch, -1)
+        return latents.clamp(min=0), latents >= 0
+
+    def check_noise(self, noise: torch.Tensor | None, batch: int, grid: tuple[int, int]) -> None:
+        """Raises ValueError unless recorded `noise` fits the call."""
+        expected = (batch, grid[0] * grid[1], self.transformer.vocab_size)
+        if noise is not None and (not isinstance(noise, torch.Tensor) or tuple(noise.shape) != expected):
+            shape = tuple(noise.shape) if isinstance(noise, torch.Tensor) else type(noise).__name__
+            raise ValueError(f"`noise` must be a tensor {list(expected)} [batch, tokens, vocabulary], got {shape}.")
+
+    def check_settings(self, **given: Any) -> dict[str, Any]:
+        """The settings of a call: the given ones, else the checkpoint's; out-of-range values are a ValueError."""
+        settings = {name: self.setting(name, value) for name, value in given.items()}
+        self.check_number("guidance_scale", settings["guidance_scale"], low=0.0)
+        self.check_number("guidance_interval", settings["guidance_interval"], low=-1, integer=True)
+        self.check_number("temperature", settings["temperature"], low=0.0)
+        self.check_number("top_k", settings["top_k"], low=0, integer=True)
+        self.check_number("top_p", settings["top_p"], low=0.0, high=1.0)
+        if not isinstance(settings["do_sample"], bool):
+            raise TypeError(f"`do_sample` must be True or False, got {settings['do_sample']!r}.")
+        return settings
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) or (
+        isinstance(value, (list, tuple)) and bool(value) and all(isinstance(item, str) for item in value)
+    )
+
+
+def align_right(features: torch.Tensor, mask: torch.Tensor, slots: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Moves the real features of each row to the end of `slots` slots and zeroes the rest: the form the models were trained on.
+
+    Args:
+        features: [B, T, C], T <= slots. mask: [B, T], non-zero where real. Rows keep the order of their real features, so that
+            aligned input comes back unchanged.
+
+    Returns: features [B, slots, C] and the mask int64 [B, slots].
+    """
+    mask = mask != 0
+    missing = slots - mask.shape[1]
+    if missing:
+        features = torch.cat([features.new_zeros(features.shape[0], missing, features.shape[2]), features], dim=1)
+        mask = torch.cat([mask.new_zeros(mask.shape[0], missing), mask], dim=1)
+    order = mask.to(torch.uint8).argsort(dim=1, stable=True)
+    mask = mask.gather(1, order)
+    features = features.gather(1, order[:, :, None].expand_as(features))
+    return features * mask[:, :, None].to(features.dtype), mask.long()

@@ -1,0 +1,37 @@
+"""What a pipeline call returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import PIL.Image
+import torch
+from diffusers.utils import BaseOutput
+
+from tokenizers_visual.codes import Codes
+
+
+@dataclass
+class ARPipelineOutput(BaseOutput):
+    """Generated images.
+
+    Args:
+        images: a list of PIL images (`output_type="pil"`), a float32 array [B, H, W, 3] in [0, 1] (`"np"`), a tensor
+            [B, 3, H, W] in [0, 1] (`"pt"`) or the token ids [B, N] themselves (`"latent"`).
+        codes: the visual codes behind the images, when the call asked for them with `output_codes=True`.
+    """
+
+    images: list[PIL.Image.Image] | np.ndarray | torch.Tensor
+    codes: Codes | None = None
+
+
+@dataclass
+class ARTextOutput(BaseOutput):
+    """Generated texts, one for each request.
+
+    Args:
+        texts: the texts, in the order of the requests.
+    """
+
+    texts: list[str]
