@@ -18,7 +18,7 @@ def decode_order(pipe: Any, count: int) -> list[int]:
     """Positions in the order in which the pipeline's decoding strategy fills them; raster unless it says otherwise."""
     for name in getattr(pipe, "components", {}):
         strategy = getattr(pipe, name, None)
-        order = getattr(strategy, "order", None)
+        order = getattr(strategy, "decode_order", None)
         if callable(order):
             return [int(position) for position in order(count)]
     return list(range(count))
