@@ -1,0 +1,104 @@
+"""Are questions about fresh pictures answered rightly? By type of question."""
+
+from __future__ import annotations
+
+import random
+import time
+from typing import Any
+
+import PIL.Image
+import torch
+from tqdm.auto import tqdm
+
+from armm.data.scenes import Scenes, render
+from armm.data.scenes.language import QA, QUESTION_TYPES
+from armm.data.scenes.language import questions as scene_questions
+
+from .common import check_count, figures, fresh_scenes, load_pipeline, sample_generator
+from .metrics import share_with_error
+
+_BLOCK = 256
+
+
+def image_to_text(
+    model: Any = None, questions: int = 1000, seed: int = 0, batch_size: int = 32, progress: bool = True
+) -> dict[str, Any]:
+    """Asks a model about real renders of held-out scenes, one question a picture, as many of each type.
+
+    Args:
+        model: a folder, a pipeline, or None for the shipped weights.
+        questions: how many.
+        seed: of the scenes and the questions.
+        batch_size: questions at once.
+        progress: show a progress bar.
+
+    Returns:
+        `answer_accuracy` (share of answers equal to the truth, word for word) with its standard error and
+        `answer_accuracy_by_type`.
+    """
+    check_count("questions", questions)
+    check_count("batch_size", batch_size)
+    pipe = load_pipeline("image-to-text", model)
+    scenes, asked = fresh_questions(questions, seed)
+
+    started = time.perf_counter()
+    answers: list[str] = []
+    with tqdm(total=questions, desc="answering", unit="question", disable=not progress) as bar:
+        for first in range(0, questions, batch_size):
+            part = scenes[first : first + batch_size]
+            pictures = [
+                PIL.Image.fromarray(image.permute(1, 2, 0).numpy()) for image in render(part, picture_size(pipe))
+            ]
+            generators = [sample_generator(seed, first + k) for k in range(len(part))]
+            texts = [item.question for item in asked[first : first + batch_size]]
+            answers += pipe(pictures, question=texts, generator=generators).texts
+            bar.update(len(part))
+    seconds = time.perf_counter() - started
+    return figures(score_answers(asked, answers) | {"questions": questions, "seed": seed, "seconds": round(seconds, 1)})
+
+
+def fresh_questions(n: int, seed: int) -> tuple[Scenes, list[QA]]:
+    """`n` scenes of the held-out split and one question about each; the types take turns."""
+    asked: list[QA] = []
+    parts: list[Scenes] = []
+    start = 0
+    while len(asked) < n:
+        block = fresh_scenes(min(_BLOCK, 2 * n), seed + 1, "heldout", start=start)
+        start += len(block)
+        rows = []
+        for index in range(len(block)):
+            if len(asked) == n:
+                break
+            rng = random.Random(int(block.seed[index]))
+            wanted = QUESTION_TYPES[len(asked) % len(QUESTION_TYPES)]
+            options = [item for item in scene_questions(block, index, rng) if item.type == wanted]
+            if options:
+                asked.append(rng.choice(options))
+                rows.append(index)
+        parts.append(block[rows])
+    fields = parts[0].tensors()
+    return Scenes(**{name: torch.cat([part.tensors()[name] for part in parts]) for name in fields}), asked
+
+
+def score_answers(asked: list[QA], answers: list[str]) -> dict[str, Any]:
+    """Shares of right answers, in all and by type; case, full stops and outer spaces do not count."""
+    right: dict[str, list[bool]] = {}
+    for item, answer in zip(asked, answers, strict=True):
+        right.setdefault(item.type, []).append(_plain(answer) == _plain(item.answer))
+    share, error = share_with_error(sum(map(sum, right.values())), len(asked))
+    return {
+        "answer_accuracy": share,
+        "answer_accuracy_standard_error": error,
+        "answer_accuracy_by_type": {
+            kind: sum(right[kind]) / len(right[kind]) for kind in QUESTION_TYPES if kind in right
+        },
+    }
+
+
+def picture_size(pipe: Any) -> int:
+    """Side in pixels of the pictures that a pipeline's model was made for (64 where it does not say)."""
+    return int(getattr(pipe, "image_size", 64))
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.lower().strip(" .!").split())

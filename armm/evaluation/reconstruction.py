@@ -1,0 +1,86 @@
+"""What a tokenizer keeps of a picture: PSNR, SSIM, and whether the recogniser still reads the scene."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from tokenizers_visual.base import VisualTokenizer
+
+from .common import check_count, figures, fresh_scenes, load_pipeline, load_recogniser, rendered
+from .metrics import psnr, ssim
+from .reading import Tally, compare
+from .recogniser import SceneRecogniser
+
+
+def reconstruction(
+    model: Any = None,
+    images: int = 1000,
+    seed: int = 0,
+    batch_size: int = 32,
+    progress: bool = True,
+    recogniser: SceneRecogniser | str | Path | None = None,
+    size: int = 64,
+) -> dict[str, Any]:
+    """Encodes and decodes real renders of held-out scenes.
+
+    Args:
+        model: a folder of a pipeline or of a tokenizer, a pipeline, a tokenizer, or None for the shipped one.
+        images: how many.
+        seed: of the scenes.
+        batch_size: pictures at once.
+        progress: show a progress bar.
+        recogniser: the judge of `read_back`; a folder, a `SceneRecogniser`, or None for the shipped one.
+        size: side of the pictures in pixels.
+
+    Returns:
+        Means over pictures of `psnr` (dB) and `ssim`, and `read_back`: the share of reconstructions of which the recogniser
+        reads every object, attribute and relation rightly (`read_back_by_attribute` apart; `read_back_of_originals` is the
+        same of the pictures themselves, the ceiling).
+    """
+    check_count("images", images)
+    check_count("batch_size", batch_size)
+    judge = load_recogniser(recogniser)
+    tokenizer = load_tokenizer(model)
+    device = next(tokenizer.parameters()).device
+    scenes = fresh_scenes(images, seed + 2, "heldout")
+    started = time.perf_counter()
+    ratios, similarities = [], []
+    restored_tally, original_tally = Tally(), Tally()
+    with tqdm(total=images, desc="reconstructing", unit="image", disable=not progress) as bar, torch.no_grad():
+        for pixels, part in rendered(scenes, size, batch_size):
+            codes = tokenizer.encode(pixels.to(device, next(tokenizer.parameters()).dtype))
+            restored = tokenizer.decode(codes).float().cpu().clamp(-1, 1)
+            ratios.append(psnr(restored, pixels))
+            similarities.append(ssim(restored, pixels))
+            restored_tally.add(compare(judge.detect(restored).to("cpu"), part))
+            original_tally.add(compare(judge.detect(pixels).to("cpu"), part))
+            bar.update(len(part))
+    read = restored_tally.accuracy()
+    return figures(
+        {
+            "psnr": float(torch.cat(ratios).mean()),
+            "ssim": float(torch.cat(similarities).mean()),
+            "read_back": read.pop("whole"),
+            "read_back_by_attribute": read,
+            "read_back_of_originals": original_tally.accuracy()["whole"],
+            "images": images,
+            "seed": seed,
+            "seconds": round(time.perf_counter() - started, 1),
+        }
+    )
+
+
+def load_tokenizer(model: Any = None) -> VisualTokenizer:
+    """A visual tokenizer: the one given, a pipeline's, or that of a folder (of a tokenizer or of a pipeline)."""
+    if isinstance(model, VisualTokenizer):
+        return model.eval()
+    if isinstance(model, (str, Path)) and (Path(model) / "config.json").is_file():
+        from tokenizers_visual.vq_tokenizer import VQTokenizer
+
+        return VQTokenizer.from_pretrained(model, torch_dtype=torch.float32).eval()
+    return load_pipeline("text-to-image", model).tokenizer.eval()
