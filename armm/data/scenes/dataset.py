@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from . import geometry, graph, render
+from .graph import Scenes, sample_scenes
+from .render import check_size, render
 
 logger = logging.getLogger(__name__)
 _BLOCK = 512
@@ -25,7 +26,7 @@ _BLOCK = 512
 class SceneDataset:
     """N scenes with their pictures: ``images`` uint8 [N, 3, S, S] and ``scenes``, their graphs."""
 
-    def __init__(self, images: Tensor, scenes: graph.Scenes):
+    def __init__(self, images: Tensor, scenes: Scenes):
         if len(images) != len(scenes):
             raise ValueError(f"images and scenes must be equally many, got {len(images)} and {len(scenes)}")
         self.images = images
@@ -65,7 +66,7 @@ class SceneDataset:
         """
         if not isinstance(n, int) or n < 1:
             raise ValueError(f"n must be a positive integer, got {n!r}")
-        render._check_size(size)
+        check_size(size)
         path = None
         if cache_dir is not None:
             name = f"scenes-{split}-{n}x{size}-seed{seed}-aa{supersample}-{_recipe_hash()}.safetensors"
@@ -77,12 +78,12 @@ class SceneDataset:
         parts = []
         with tqdm(total=n, desc=f"rendering {split} scenes", unit="scene", disable=not progress) as bar:
             for first in range(0, n, _BLOCK):
-                part = graph.sample_scenes(min(_BLOCK, n - first), seed, split, start=first)
-                images[first : first + len(part)] = render.render(part, size, supersample, device).cpu()
+                part = sample_scenes(min(_BLOCK, n - first), seed, split, start=first)
+                images[first : first + len(part)] = render(part, size, supersample, device).cpu()
                 parts.append(part)
                 bar.update(len(part))
-        names = [field.name for field in fields(graph.Scenes)]
-        scenes = graph.Scenes(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
+        names = [field.name for field in fields(Scenes)]
+        scenes = Scenes(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
         dataset = cls(images, scenes)
         if path is not None:
             dataset._save(path)
@@ -95,7 +96,7 @@ class SceneDataset:
         try:
             tensors = load_file(path)
             images = tensors.pop("images")
-            scenes = graph.Scenes(**tensors)
+            scenes = Scenes(**tensors)
         except (SafetensorError, KeyError, TypeError, OSError) as error:
             logger.warning("the cached data set %s cannot be read (%s); rendering it again", path.name, error)
             return None
@@ -118,10 +119,8 @@ class SceneDataset:
 
 def _recipe_hash() -> str:
     """Changes with anything that changes the pictures, so that a cache never serves another recipe's."""
-    from . import tracing
-
     digest = hashlib.sha256()
-    for module in (geometry, tracing, graph, render):
-        digest.update(Path(module.__file__).read_bytes())
+    for name in ("geometry", "tracing", "graph", "render"):
+        digest.update(Path(__file__).with_name(f"{name}.py").read_bytes())
     digest.update(json.dumps(torch.__version__).encode())
     return digest.hexdigest()[:10]

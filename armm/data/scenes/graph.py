@@ -223,18 +223,22 @@ def _place(scenes: Scenes, keys: Tensor, attempt: int, split: str) -> Tensor:
     position = u[..., : 2 * MAX_OBJECTS].unflatten(-1, (MAX_OBJECTS, 2))
     position = (2 * position - 1) * torch.tensor(_EXTENT)
     position = position * scenes.present[:, None, :, None]
-    good = _inside_frame(scenes, position) & _clear_layout(scenes, position)
+    good = _clear_layout(scenes, position)
     # The frame is deeper than wide: without a choice of the first pair's axis, side by side would be the rarer relation.
     aside = _uniform(keys[:, None], torch.tensor([2])) < 0.5
     span = (position[:, :, 0] - position[:, :, 1]).abs()
     good &= ((span[..., 0] > span[..., 1]) == aside) | (scenes.count < 2)[:, None]
+    # The dearer tests see only the candidates that are left.
+    row, candidate = good.nonzero().unbind(1)
+    inside = _inside_frame(scenes, row, position[row, candidate])
+    row, candidate = row[inside], candidate[inside]
     if split != "all":
-        wide = {
-            name: getattr(scenes, name)[:, None].expand(-1, _CANDIDATES, *getattr(scenes, name).shape[1:])
-            for name in ("shape", "color", "size", "material", "light", "count")
-        }
-        heldout = _heldout(**wide, position=position)
-        good &= heldout if split == "heldout" else ~heldout
+        names = ("shape", "color", "size", "material", "light", "count")
+        attributes = {name: getattr(scenes, name)[row] for name in names}
+        wanted = _heldout(**attributes, position=position[row, candidate]) == (split == "heldout")
+        row, candidate = row[wanted], candidate[wanted]
+    good = torch.zeros_like(good)
+    good[row, candidate] = True
     first = good.int().argmax(dim=1)
     rows = torch.arange(len(keys))
     scenes.position.copy_(position[rows, first])
@@ -243,17 +247,20 @@ def _place(scenes: Scenes, keys: Tensor, attempt: int, split: str) -> Tensor:
     return good.any(dim=1)
 
 
-def _inside_frame(scenes: Scenes, position: Tensor) -> Tensor:
-    """Positions [B, K, 3, 2] -> [B, K] bool: does every object lie in the frame with a free border?"""
+def _inside_frame(scenes: Scenes, row: Tensor, position: Tensor) -> Tensor:
+    """Layouts [N, 3, 2] of the scenes ``row`` [N] -> [N] bool: does every object lie in the frame with a free border?"""
     rings = torch.tensor(geometry.RINGS)[scenes.shape.clamp(min=0)] * scenes.scale[..., None, None]  # [B, 3, 3, 2]
     angles = torch.arange(8) * (math.pi / 4)
     circle = torch.stack([angles.cos(), angles.sin()], dim=-1)
-    rings = rings[:, None, :, :, None]
-    flat = position[..., None, None, :] + rings[..., 1:] * circle  # [B, K, 3, 3, 8, 2]
-    height = rings[..., 0].expand(flat.shape[:-1])
-    points = geometry.project_points(torch.stack([flat[..., 0], height, flat[..., 1]], dim=-1))
-    inside = ((points > _FRAME) & (points < 1 - _FRAME)).flatten(3).all(dim=-1)
-    return (inside | ~scenes.present[:, None]).all(dim=-1)
+    good = torch.ones(len(row), dtype=torch.bool)
+    for slot in range(MAX_OBJECTS):
+        used = scenes.present[row, slot].nonzero()[:, 0]
+        ring = rings[row[used], slot][:, :, None]
+        flat = position[used, slot][:, None, None] + ring[..., 1:] * circle  # [N, 3, 8, 2]
+        points = torch.stack([flat[..., 0], ring[..., 0].expand(flat.shape[:-1]), flat[..., 1]], dim=-1)
+        points = geometry.project_points(points)
+        good[used] &= ((points > _FRAME) & (points < 1 - _FRAME)).flatten(1).all(dim=-1)
+    return good
 
 
 def _clear_layout(scenes: Scenes, position: Tensor) -> Tensor:

@@ -50,7 +50,7 @@ def render(scenes: Scenes, size: int = 64, supersample: int = 3, device: torch.d
     """
     if not isinstance(scenes, Scenes):
         raise TypeError(f"scenes must be a Scenes batch (see sample_scenes), got {type(scenes).__name__}")
-    _check_size(size)
+    check_size(size)
     if not isinstance(supersample, int) or not 1 <= supersample <= 16:
         raise ValueError(f"supersample must be an integer from 1 to 16, got {supersample!r}")
     if device is not None:
@@ -67,7 +67,7 @@ def render(scenes: Scenes, size: int = 64, supersample: int = 3, device: torch.d
 
 def object_map(scenes: Scenes, size: int = 64) -> Tensor:
     """Which object each pixel shows: int64 [B, size, size], the object's slot or -1 for the ground."""
-    _check_size(size)
+    check_size(size)
     solids, hits = trace_pixels(scenes, size)
     first = hits.first()
     shown = torch.full((len(scenes) * size * size,), -1, device=scenes.device)
@@ -85,7 +85,7 @@ def project(scenes: Scenes) -> Tensor:
     return torch.where(scenes.present[..., None], points, torch.full_like(points, -1.0))
 
 
-def _check_size(size: int) -> None:
+def check_size(size: int) -> None:
     if not isinstance(size, int) or not 8 <= size <= 4096:
         raise ValueError(f"size must be an integer from 8 to 4096 (pixels), got {size!r}")
 
