@@ -21,6 +21,7 @@ class MinimalConfig:
     mlp_hidden: int = 2048
     vocab_size: int = 16384
     norm_eps: float = 1e-5
+    qk_norm: bool = False
 
 
 class RMSNorm(nn.Module):
@@ -46,12 +47,16 @@ class Block(nn.Module):
         self.w2 = nn.Linear(config.mlp_hidden, dim, bias=False)
         self.attention_norm = RMSNorm(dim, config.norm_eps)
         self.ffn_norm = RMSNorm(dim, config.norm_eps)
+        self.q_norm = RMSNorm(self.head_dim, 1e-6) if config.qk_norm else None
+        self.k_norm = RMSNorm(self.head_dim, 1e-6) if config.qk_norm else None
 
     def forward(
         self, x: torch.Tensor, rotary: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, position: int
     ) -> torch.Tensor:
         batch, length, dim = x.shape
         q, k, v = self.wqkv(self.attention_norm(x)).view(batch, length, 3, self.num_heads, self.head_dim).unbind(2)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, rotary), rotate(k, rotary)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         end = position + length

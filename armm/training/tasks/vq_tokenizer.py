@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from armm.data.scenes import SceneDataset
+from armm.data.scenes import SceneDataset, object_map
 from armm.training.images import save_grid, to_pixels
 from armm.training.recipe import Recipe, take
 from armm.training.task import Batch, TrainingTask
@@ -24,8 +24,9 @@ class VQTokenizerTask(TrainingTask):
     model: arguments of `VQTokenizer`, and `compile: bool`.
     data: scenes (how many are rendered once), size (pixels), seed, validation (scenes).
     loss: weights `l1`, `l2`, `gradient` (L1 of image gradients at three scales, a perceptual-style term that keeps edges),
-        `commitment`, `adversarial` (hinge PatchGAN, Esser et al., from fraction `adversarial_start` on); `codebook_decay`, and
-        `restart_until`: the fraction of the run in which dead codes are restarted.
+        `commitment`, `adversarial` (hinge PatchGAN, Esser et al., from fraction `adversarial_start` on); `object`: extra weight
+        of the pixels on and around objects from fraction `object_start` on, so that flat ground does not crowd out shapes;
+        `codebook_decay`, and `restart_until`: the fraction of the run in which dead codes are restarted.
     """
 
     def __init__(self, recipe: Recipe) -> None:
@@ -40,6 +41,8 @@ class VQTokenizerTask(TrainingTask):
             commitment=0.25,
             adversarial=0.0,
             adversarial_start=0.5,
+            object=0.0,
+            object_start=0.0,
             codebook_decay=0.98,
             restart_until=0.6,
         )
@@ -57,7 +60,12 @@ class VQTokenizerTask(TrainingTask):
         data = self.data
         cache = Path(self.recipe.output).parent / "cache"  # shared by the recipes of one folder
         self.device = device
-        self.images = SceneDataset.prepare(data["scenes"], data["size"], data["seed"], split="train", cache_dir=cache).images
+        dataset = SceneDataset.prepare(data["scenes"], data["size"], data["seed"], split="train", cache_dir=cache)
+        self.images = dataset.images
+        if self.weights["object"] > 0:
+            parts = range(0, len(dataset), 512)
+            maps = [object_map(dataset.scenes[i : i + 512], data["size"]) >= 0 for i in parts]
+            self.objects = torch.cat(maps)
         self.unseen = SceneDataset.prepare(
             data["validation"], data["size"], data["seed"] + 1, split="heldout", cache_dir=cache
         ).images
@@ -65,7 +73,11 @@ class VQTokenizerTask(TrainingTask):
     def batch(self, step: int, size: int, rank: int) -> Batch:
         rows = torch.randint(len(self.images), (size,), generator=self.generator(step, rank))
         pixels = to_pixels(self.images[rows].to(self.device, non_blocking=True))
-        return {"pixels": pixels.contiguous(memory_format=torch.channels_last)}
+        batch = {"pixels": pixels.contiguous(memory_format=torch.channels_last)}
+        if self.weights["object"] > 0:
+            on_object = self.objects[rows].unsqueeze(1).to(self.device, torch.float32)
+            batch["objects"] = F.max_pool2d(on_object, 5, stride=1, padding=2)  # the rim and two pixels around it
+        return batch
 
     def loss(self, batch: Batch, step: int, progress: float) -> tuple[torch.Tensor, Batch]:
         pixels, weights = batch["pixels"], self.weights
@@ -82,9 +94,15 @@ class VQTokenizerTask(TrainingTask):
         self._ids = quantized.ids.flatten()
         self._reconstruction = reconstruction.detach()
         difference = reconstruction - pixels
-        l1, l2 = difference.abs().mean(), difference.square().mean()
-        gradient = gradient_loss(reconstruction, pixels)
-        loss = weights["l1"] * l1 + weights["l2"] * l2 + weights["gradient"] * gradient
+        l2 = difference.square().mean()
+        emphasis = torch.ones_like(pixels[:, :1])
+        if weights["object"] > 0 and progress >= weights["object_start"]:
+            emphasis = emphasis + weights["object"] * batch["objects"]
+            emphasis = emphasis / emphasis.mean()
+        l1 = (difference.abs() * emphasis).mean()
+        gradient = gradient_loss(difference * emphasis)
+        squared = (difference.square() * emphasis).mean()
+        loss = weights["l1"] * l1 + weights["l2"] * squared + weights["gradient"] * gradient
         loss = loss + weights["commitment"] * quantized.commitment_loss
         usage = torch.bincount(self._ids, minlength=tokenizer.codebook_size).float()
         share = usage / usage.sum()
@@ -136,12 +154,11 @@ class VQTokenizerTask(TrainingTask):
         tokenizer.save_pretrained(directory)
 
 
-def gradient_loss(first: torch.Tensor, second: torch.Tensor, scales: int = 3) -> torch.Tensor:
-    """L1 distance of horizontal and vertical differences of two images `[B, 3, H, W]`, averaged over `scales` halvings."""
-    total = first.new_zeros(())
+def gradient_loss(difference: torch.Tensor, scales: int = 3) -> torch.Tensor:
+    """L1 of horizontal and vertical differences of an error image `[B, 3, H, W]`, averaged over `scales` halvings."""
+    total = difference.new_zeros(())
     for scale in range(scales):
         if scale:
-            first, second = F.avg_pool2d(first, 2), F.avg_pool2d(second, 2)
-        difference = first - second
+            difference = F.avg_pool2d(difference, 2)
         total = total + difference.diff(dim=-1).abs().mean() + difference.diff(dim=-2).abs().mean()
     return total / scales
