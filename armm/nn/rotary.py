@@ -57,6 +57,10 @@ def rotary_table(
 
 def apply_rotary_interleaved(x: Tensor, table: Tensor) -> Tensor:
     """Rotate the pairs (2j, 2j+1) of `x` [B, N, H, d] by a complex `table` [N, 1, d/2]; float32 inside, cast back."""
+    if torch.compiler.is_compiling():  # the compiler has no complex arithmetic; it fuses the real form into one kernel
+        cos, sin = torch.view_as_real(table).unbind(-1)
+        even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+        return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
     pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], x.shape[-1] // 2, 2))
     return torch.view_as_real(pairs * table).flatten(-2).to(x.dtype)
 

@@ -1,0 +1,283 @@
+"""Trains one `AutoregressiveModel` on words and image codes: draws from captions, describes, answers questions.
+
+Two kinds of rows, each of one fixed length (T caption slots, N image tokens, K questions):
+
+- drawing rows `[caption, T slots] <image> [N codes]`: the loss falls on the codes;
+- reading rows `[null prompt, T slots] <image> [N codes] [caption segment] [K question segments]`: the loss falls on the words
+  that follow the image and, because the null prompt is what guidance subtracts, on the codes as well. Segments see the image
+  and themselves, never each other, and all start at the same position; so an image is read once for K + 1 texts.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from armm.data.scenes import SceneDataset
+from armm.decoding.next_token import NextTokenDecoding
+from armm.model import AutoregressiveModel
+from armm.training.recipe import Recipe, take
+from armm.training.task import Batch, TrainingTask
+from pipelines.text import WordTokenizer
+from pipelines.unified_text_to_image import UnifiedTextToImagePipeline
+from tokenizers_visual.vq_tokenizer import VQTokenizer
+
+from .unified_data import UnifiedData, prepare_codes, prepare_texts, scene_vocabulary
+from .unified_rows import reading_mask, reading_positions, save_captioned_grid
+
+logger = logging.getLogger(__name__)
+
+_IGNORED = -100
+
+
+class UnifiedTask(TrainingTask):
+    """Recipe mappings:
+
+    model: `text_slots` (words of a prompt), `answer_slots` (tokens of a text after the image), `transformer` (arguments of
+        `ARTransformer`), `compile` (the trunk; needs a C++ compiler), `generation` (generation config of the export).
+    data: `tokenizer` (directory of a trained `VQTokenizer`), scenes, size, seed, validation (scenes), `cache` (directory of
+        what is made once; by default beside the output directory), captions and questions (written per scene), `reading_share` (of the rows),
+        `questions_per_row`.
+    loss: weights of `null` (codes of reading rows), `caption` and `answer` relative to the codes of drawing rows.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        super().__init__(recipe)
+        self.settings = take(
+            recipe.model,
+            "model",
+            text_slots=28,
+            answer_slots=32,
+            transformer={},
+            compile=False,
+            generation={"guidance_scale": 3.0, "temperature": 0.7, "top_k": 0, "top_p": 1.0},
+        )
+        self.data = take(
+            recipe.data,
+            "data",
+            tokenizer=None,
+            scenes=60000,
+            size=64,
+            seed=0,
+            validation=256,
+            cache=None,
+            captions=8,
+            questions=12,
+            reading_share=0.22,
+            questions_per_row=4,
+        )
+        self.weights = take(recipe.loss, "loss", null=0.5, caption=0.3, answer=0.5)
+        if not self.data["tokenizer"]:
+            raise ValueError("`data.tokenizer` must name the directory of a trained tokenizer (`armm train` one first).")
+        if not 0 < self.data["reading_share"] < 1:
+            raise ValueError(f"`data.reading_share` must lie between 0 and 1, got {self.data['reading_share']}.")
+        if not 1 <= self.data["questions_per_row"] <= self.data["questions"]:
+            raise ValueError("`data.questions_per_row` must lie between 1 and `data.questions`.")
+        self.tokenizer = VQTokenizer.from_pretrained(self.data["tokenizer"]).requires_grad_(False)
+        self.vocabulary = scene_vocabulary()
+        self.words = WordTokenizer(self.vocabulary)
+        self.grid = (self.data["size"] // self.tokenizer.downsample,) * 2
+        self.text_slots = int(self.settings["text_slots"])
+        self.image_tokens = self.grid[0] * self.grid[1]
+        positions = self.text_slots + 1 + self.image_tokens + int(self.settings["answer_slots"])
+        self.model = AutoregressiveModel(
+            vocab_size=len(self.words) + self.tokenizer.codebook_size,
+            transformer={"learned_positions": positions, **self.settings["transformer"]},
+            grid=list(self.grid),
+            text_slots=self.text_slots,
+            answer_slots=int(self.settings["answer_slots"]),
+        )
+        self.module = nn.ModuleDict({"model": self.model})
+        self._compiled: Callable[..., Tensor] | None = None
+
+    # ------------------------------------------------------------------ data
+
+    def prepare(self, device: torch.device) -> None:
+        data = self.data
+        self.device = device
+        self.cache = Path(data["cache"] or Path(self.recipe.output).parent / "cache")
+        self.tokenizer.to(device)
+        self.train_data, _ = self._prepare_split(data["scenes"], data["seed"], "train")
+        self.unseen, self.unseen_prompts = self._prepare_split(data["validation"], data["seed"] + 1, "heldout")
+        length = max(data.questions.shape[-1] for data in (self.train_data, self.unseen))
+        for split in (self.train_data, self.unseen):
+            split.questions = F.pad(split.questions, (0, length - split.questions.shape[-1]), value=self.words.pad)
+        slots = max(self.text_slots + 1, length - 1)
+        if slots > self.settings["answer_slots"]:
+            raise ValueError(f"`model.answer_slots` {self.settings['answer_slots']} is too short for texts of {slots}: raise it.")
+        self.caption_length = self.text_slots + 1
+        self.question_length = length - 1
+        segments = [self.caption_length] + [self.question_length] * data["questions_per_row"]
+        prefix = self.text_slots + 1 + self.image_tokens
+        self.reading_positions = reading_positions(prefix, segments).to(device)
+        self.reading_mask = reading_mask(prefix, segments).to(device)
+        drawing = self.text_slots + self.image_tokens
+        self.drawing_positions = torch.arange(drawing, device=device)
+        self.drawing_mask = torch.ones(drawing, drawing, dtype=torch.bool, device=device).tril()
+
+    def _prepare_split(self, count: int, seed: int, split: str) -> tuple[UnifiedData, list[str]]:
+        dataset = SceneDataset.prepare(count, self.data["size"], seed, split=split, cache_dir=self.cache)
+        settings = {
+            "text_slots": self.text_slots,
+            "captions_per_scene": self.data["captions"],
+            "questions_per_scene": self.data["questions"],
+        }
+        texts = prepare_texts(dataset.scenes, settings, self.vocabulary, self.cache)
+        codes = prepare_codes(dataset.images, self.tokenizer, self.device, self.cache)
+        prompts = [self.words.decode(row.tolist()) for row in texts["captions"][:16, 0]]
+        return UnifiedData(codes=codes, **texts), prompts
+
+    def batch(self, step: int, size: int, rank: int) -> Batch:
+        generator = self.generator(step, rank)
+        reading = min(size - 1, max(1, round(size * self.data["reading_share"]))) if size > 1 else 0
+        rows = torch.randint(len(self.train_data), (size,), generator=generator)
+        batch = self.drawing_rows(self.train_data, rows[reading:], generator)
+        if reading:
+            batch |= self.reading_rows(self.train_data, rows[:reading], generator)
+        return {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
+
+    def drawing_rows(self, data: UnifiedData, rows: Tensor, generator: torch.Generator, null: bool = False) -> Batch:
+        """drawing [A, T + N] token ids (the last code is only a target) and drawing_codes [A, N]."""
+        codes = data.codes[rows].long()
+        pick = torch.randint(data.captions.shape[1], (len(rows),), generator=generator)
+        captions = self._null(len(rows)) if null else data.captions[rows, pick].long()
+        image = torch.full((len(rows), 1), self.words.image)
+        return {"drawing": torch.cat([captions, image, codes[:, :-1] + len(self.words)], 1), "drawing_codes": codes}
+
+    def reading_rows(
+        self, data: UnifiedData, rows: Tensor, generator: torch.Generator, questions: Tensor | None = None
+    ) -> Batch:
+        """reading [B, P + segments] token ids, reading_codes [B, N], reading_captions and reading_answers (targets of the
+        tokens after the image, -100 where there is none), [B, caption length] and [B, K * question length]."""
+        count = len(rows)
+        codes = data.codes[rows].long()
+        pick = torch.randint(data.captions.shape[1], (count,), generator=generator)
+        caption = data.captions[rows, pick].long()
+        length = (caption != self.words.pad).sum(1, keepdim=True)
+        caption = F.pad(caption, (1, 1), value=self.words.pad)
+        caption[:, 0] = self.words.caption
+        caption.scatter_(1, length + 1, self.words.end)
+        if questions is None:
+            draws = torch.rand(count, data.questions.shape[1], generator=generator)
+            questions = draws.argsort(1)[:, : self.data["questions_per_row"]]
+        asked = data.questions[rows[:, None], questions].long()
+        starts = data.answer_starts[rows[:, None], questions].long()
+        answers = asked[..., 1:].clone()
+        before = torch.arange(answers.shape[-1]) < starts[..., None]
+        answers[before | (answers == self.words.pad)] = _IGNORED
+        captions = caption[:, 1:].masked_fill(caption[:, 1:] == self.words.pad, _IGNORED)
+        image = torch.full((count, 1), self.words.image)
+        parts = [self._null(count), image, codes + len(self.words), caption[:, :-1], asked[..., :-1].flatten(1)]
+        return {
+            "reading": torch.cat(parts, 1),
+            "reading_codes": codes,
+            "reading_captions": captions,
+            "reading_answers": answers.flatten(1),
+        }
+
+    def _null(self, count: int) -> Tensor:
+        prompt = torch.full((count, self.text_slots), self.words.pad)
+        prompt[:, 0] = self.words.null
+        return prompt
+
+    # ------------------------------------------------------------------ loss
+
+    def loss(self, batch: Batch, step: int, progress: float) -> tuple[Tensor, Batch]:
+        hidden = self._hidden(batch["drawing"], self.drawing_positions, self.drawing_mask)
+        image_loss = self._image_loss(hidden[:, self.text_slots :], batch["drawing_codes"])
+        loss, logs = image_loss, {"image": image_loss.detach()}
+        if "reading" in batch:
+            null_loss, caption_loss, answer_loss, _ = self._reading_losses(batch)
+            weights = self.weights
+            loss = loss + weights["null"] * null_loss + weights["caption"] * caption_loss + weights["answer"] * answer_loss
+            logs |= {"null": null_loss.detach(), "caption": caption_loss.detach(), "answer": answer_loss.detach()}
+        return loss, logs
+
+    def _reading_losses(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Losses of codes, captions and answers, and the predicted ids of the answer tokens [B, K * question length]."""
+        hidden = self._hidden(batch["reading"], self.reading_positions, self.reading_mask)
+        image_end = self.text_slots + self.image_tokens
+        null_loss = self._image_loss(hidden[:, self.text_slots : image_end], batch["reading_codes"])
+        texts = hidden[:, image_end + 1 :].split([self.caption_length, batch["reading_answers"].shape[1]], 1)
+        losses = []
+        predicted = torch.full_like(batch["reading_answers"], _IGNORED)
+        for states, targets in zip(texts, (batch["reading_captions"], batch["reading_answers"]), strict=True):
+            wanted = targets != _IGNORED
+            logits = self.model.logits(states[wanted], low=0, high=len(self.words)).float()
+            losses.append(F.cross_entropy(logits, targets[wanted]))
+            if targets is batch["reading_answers"]:
+                predicted[wanted] = logits.detach().argmax(-1)
+        return null_loss, losses[0], losses[1], predicted
+
+    def _image_loss(self, hidden: Tensor, codes: Tensor) -> Tensor:
+        logits = self.model.logits(hidden.reshape(-1, hidden.shape[-1]), low=len(self.words))
+        return F.cross_entropy(logits.float(), codes.flatten())
+
+    def _hidden(self, ids: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
+        """Final hidden states [B, L, D] of token ids [B, L] at flat positions [L] under a bool mask [L, L]."""
+        trunk = self.model.trunk
+        if self.settings["compile"] and self.module.training:
+            if self._compiled is None:
+                self._compiled = torch.compile(trunk.forward, dynamic=False)
+            trunk = self._compiled
+        table = self.model.positions_for(positions)
+        return trunk(self.model.embed(ids), positions=table, mask=mask[None, None])
+
+    # ------------------------------------------------------------------ figures, pictures, weights
+
+    def validate(self) -> dict[str, float]:
+        data, generator = self.unseen, torch.Generator().manual_seed(0)
+        sums: dict[str, float] = {}
+        right = {name: [0, 0] for name in data.kind_names}
+        chunks = torch.arange(len(data)).split(64)
+        for rows in chunks:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16"):
+                questions = torch.rand(len(rows), data.questions.shape[1], generator=generator).argsort(1)
+                questions = questions[:, : self.data["questions_per_row"]]
+                batch = self.drawing_rows(data, rows, generator) | self.reading_rows(data, rows, generator, questions)
+                batch = {name: value.to(self.device) for name, value in batch.items()}
+                hidden = self._hidden(batch["drawing"], self.drawing_positions, self.drawing_mask)
+                image = self._image_loss(hidden[:, self.text_slots :], batch["drawing_codes"])
+                null, caption, answer, predicted = self._reading_losses(batch)
+            for name, value in (("image", image), ("null", null), ("caption", caption), ("answer", answer)):
+                sums[name] = sums.get(name, 0.0) + value.item() * len(rows)
+            targets = batch["reading_answers"].unflatten(1, questions.shape[1:] + (-1,))
+            hit = (predicted.view_as(targets) == targets).all(-1).cpu()
+            for kind, value in zip(data.kinds[rows[:, None], questions].flatten().tolist(), hit.flatten().tolist(), strict=True):
+                right[data.kind_names[kind]][0] += value
+                right[data.kind_names[kind]][1] += 1
+        figures = {name: round(value / len(data), 4) for name, value in sums.items()}
+        figures["prompt_gain"] = round(figures["null"] - figures["image"], 4)
+        total = [sum(pair[i] for pair in right.values()) for i in (0, 1)]
+        figures["answers_right"] = round(total[0] / total[1], 4)
+        return figures | {f"right_{name}": round(hits / max(1, asked), 4) for name, (hits, asked) in right.items()}
+
+    def pipeline(self) -> UnifiedTextToImagePipeline:
+        """The model as it stands, as a pipeline."""
+        pipe = UnifiedTextToImagePipeline(
+            tokenizer=self.tokenizer,
+            transformer=self.model,
+            decoding=NextTokenDecoding(),
+            vocabulary=self.vocabulary,
+            generation_config=dict(self.settings["generation"]),
+        )
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    def sample(self, path: Path) -> None:
+        generators = [torch.Generator().manual_seed(index) for index in range(len(self.unseen_prompts))]
+        images = self.pipeline()(self.unseen_prompts, generator=generators).images
+        save_captioned_grid(images, self.unseen_prompts, path)
+
+    def export(self, directory: Path) -> None:
+        model = AutoregressiveModel.from_config(self.model.config)
+        model.load_state_dict(self.model.state_dict())
+        pipe: Any = self.pipeline()
+        pipe.register_modules(transformer=model.to(self.export_dtype))
+        pipe.save_pretrained(directory)

@@ -1,0 +1,255 @@
+"""What the pipelines of a unified text-and-image model share: components, prompts, images in, one directory for all tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import PIL.Image
+import torch
+from diffusers import DiffusionPipeline
+
+from armm.decoding.guidance import Guidance
+from armm.decoding.next_token import NextTokenDecoding
+from armm.decoding.sampling import Sampler
+from armm.model import AutoregressiveModel
+from tokenizers_visual.codes import Codes
+from tokenizers_visual.vq_tokenizer import VQTokenizer
+
+from .base import ARPipeline
+from .text import WordTokenizer
+
+__all__ = ["DiffusionPipeline", "UnifiedPipeline", "images_to_pixels"]
+
+
+class UnifiedPipeline(ARPipeline):
+    """Base of the pipelines of one model that draws and reads; a directory saved by one of them loads in the others.
+
+    Args:
+        tokenizer (`VQTokenizer`): images <-> codes.
+        transformer (`AutoregressiveModel`): over words and codes, with `text_slots` before and `answer_slots` after the image.
+        decoding (`NextTokenDecoding`): the decoding strategy.
+        vocabulary (`list[str]`): special tokens and words; their ids precede the codes.
+        generation_config (`dict`, *optional*): settings of this checkpoint.
+    """
+
+    model_cpu_offload_seq = "transformer->tokenizer"
+    interchangeable: ClassVar[tuple[str, ...]] = (
+        "UnifiedTextToImagePipeline",
+        "UnifiedImageToTextPipeline",
+        "UnifiedInpaintPipeline",
+    )
+    generation_settings: ClassVar[dict[str, Any]] = {
+        "guidance_scale": 3.0,
+        "temperature": 0.7,
+        "top_k": 0,
+        "top_p": 1.0,
+    }
+
+    def __init__(
+        self,
+        tokenizer: VQTokenizer,
+        transformer: AutoregressiveModel,
+        decoding: NextTokenDecoding,
+        vocabulary: list[str] | None = None,
+        generation_config: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if not vocabulary:
+            raise ValueError("`vocabulary` must list the words of the model: it is kept in model_index.json.")
+        self.register_modules(tokenizer=tokenizer, transformer=transformer, decoding=decoding)
+        self.register_to_config(vocabulary=list(vocabulary))
+        self.register_generation_config(generation_config)
+        self.words = WordTokenizer(vocabulary)
+        expected = len(self.words) + tokenizer.codebook_size
+        if transformer.vocab_size != expected:
+            raise ValueError(
+                f"`transformer` has a vocabulary of {transformer.vocab_size}, but {len(self.words)} words and "
+                f"{tokenizer.codebook_size} codes make {expected}: these components do not belong together."
+            )
+        if not transformer.text_slots or not transformer.answer_slots:
+            raise ValueError("`transformer` must have `text_slots` and `answer_slots`: it is no unified model.")
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> UnifiedPipeline:
+        """As `ARPipeline.from_pretrained`; without `dtype` the weights are computed with in float32, however they are stored."""
+        if kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None:
+            kwargs["dtype"] = torch.float32
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    # ------------------------------------------------------------------ the model's sizes
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) in pixels of the images that the model draws and reads."""
+        height, width = self.transformer.grid
+        return height * self.tokenizer.downsample, width * self.tokenizer.downsample
+
+    @property
+    def code_range(self) -> tuple[int, int]:
+        """(low, high) of the codes' ids in the shared vocabulary."""
+        return len(self.words), len(self.words) + self.tokenizer.codebook_size
+
+    def check_size(self, height: int | None, width: int | None) -> None:
+        """Raises ValueError unless `height` and `width` are None or the model's own."""
+        for name, value, own in zip(("height", "width"), (height, width), self.image_size, strict=True):
+            if value is not None and value != own:
+                raise ValueError(f"`{name}` must be {own} (or None), the size this model was trained at, got {value}.")
+
+    # ------------------------------------------------------------------ prompts
+
+    def check_prompt(self, prompt: Any) -> list[str]:
+        """A prompt or a list of them as a list."""
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        if not isinstance(prompts, (list, tuple)):
+            raise TypeError(f"`prompt` must be a string or a list of strings, got {type(prompt).__name__}.")
+        if not prompts:
+            raise ValueError("`prompt` is an empty list: give at least one prompt.")
+        return list(prompts)
+
+    def encode_prompt(self, prompt: str | Sequence[str], num_images_per_prompt: int = 1) -> torch.Tensor:
+        """Prefix ids int64 [B * n, text_slots + 1] of prompts: words, padding, begin-of-image; copies next to each other."""
+        slots = self.transformer.text_slots
+        rows = []
+        for text in self.check_prompt(prompt):
+            ids = self.words.encode(text, "prompt", slots)
+            rows.append(ids + [self.words.pad] * (slots - len(ids)) + [self.words.image])
+        prefix = torch.tensor(rows, device=self._execution_device)
+        return prefix.repeat_interleave(num_images_per_prompt, 0)
+
+    def null_prefix(self, batch: int) -> torch.Tensor:
+        """Prefix ids [B, text_slots + 1] that stand for no prompt."""
+        ids = [self.words.null] + [self.words.pad] * (self.transformer.text_slots - 1) + [self.words.image]
+        return torch.tensor([ids], device=self._execution_device).repeat(batch, 1)
+
+    # ------------------------------------------------------------------ drawing
+
+    def check_sampling(
+        self, guidance_scale: float | None, temperature: float | None, top_k: int | None, top_p: float | None
+    ) -> tuple[float, Sampler]:
+        """The guidance scale and the sampler of a call, with this checkpoint's settings where an argument is None."""
+        guidance_scale = self.setting("guidance_scale", guidance_scale)
+        temperature, top_k, top_p = (
+            self.setting(name, value) for name, value in (("temperature", temperature), ("top_k", top_k), ("top_p", top_p))
+        )
+        self.check_number("guidance_scale", guidance_scale, low=0)
+        self.check_number("temperature", temperature, low=0)
+        self.check_number("top_k", top_k, low=0, integer=True)
+        self.check_number("top_p", top_p, low=0, high=1)
+        if top_p == 0:
+            raise ValueError("`top_p` must be above 0 (1 turns the filter off), got 0.")
+        sampler = Sampler(temperature=temperature or 1.0, top_k=int(top_k), top_p=top_p, do_sample=temperature > 0)
+        return float(guidance_scale), sampler
+
+    def draw_codes(
+        self,
+        prefix: torch.Tensor,
+        guidance_scale: float,
+        sampler: Sampler,
+        generator: torch.Generator | list[torch.Generator] | None,
+        *,
+        known_ids: torch.Tensor | None = None,
+        known_mask: torch.Tensor | None = None,
+        callback: Any = None,
+        callback_names: Sequence[str] = ("latents",),
+    ) -> Codes:
+        """Codes of one image for each row of `prefix` [B, text_slots + 1]; see `NextTokenDecoding` for the rest."""
+        self.check_callback_inputs(callback_names)
+        model, grid = self.transformer, self.transformer.grid
+        self._guidance_scale, self._interrupt = guidance_scale, False
+        self._num_timesteps = self.decoding.num_calls(grid)
+        guidance = Guidance(scale=guidance_scale)
+        condition = model.prefix_condition(prefix)
+        null = model.prefix_condition(self.null_prefix(len(prefix))) if guidance.active else None
+        with self.progress_bar(total=self._num_timesteps) as bar:
+
+            def step_end(step: int, ids: torch.Tensor) -> torch.Tensor | None:
+                bar.update()
+                replaced = self.step_end(callback, callback_names, step, {"latents": ids})
+                guidance.scale = self._guidance_scale
+                return replaced.get("latents")
+
+            output = self.decoding(
+                model,
+                condition,
+                null,
+                grid,
+                sampler=sampler,
+                guidance=guidance,
+                noise=generator,
+                known_ids=known_ids,
+                known_mask=known_mask,
+                vocabulary=self.code_range,
+                callback=step_end,
+                interrupt=lambda: self._interrupt,
+            )
+        return Codes(ids=output.ids, grid=(1, *grid))
+
+    # ------------------------------------------------------------------ reading
+
+    def encode_image(self, image: Any, name: str = "image") -> torch.Tensor:
+        """Code ids int64 [B, N] of images in any of the accepted forms (see `images_to_pixels`)."""
+        weight = next(self.tokenizer.parameters())
+        pixels = images_to_pixels(image, self.image_size, name).to(device=self._execution_device, dtype=weight.dtype)
+        # One image at a time: an image's codes do not depend on what it is batched with, bit for bit.
+        return torch.cat([self.tokenizer.encode(row[None]).ids for row in pixels])
+
+
+def images_to_pixels(image: Any, size: tuple[int, int], name: str = "image") -> torch.Tensor:
+    """Images as float32 pixels [B, 3, H, W] in [-1, 1] of `size` (height, width).
+
+    Args:
+        image: a PIL image, or a list of them; a uint8 or float array [H, W, 3] or [B, H, W, 3], floats in [0, 1]; a uint8 or
+            float tensor [3, H, W] or [B, 3, H, W], floats in [0, 1]; or a list of such arrays or tensors. Images of another
+            size are cropped in the middle to the model's shape, then resized.
+        size: of the model's images.
+        name: of the argument, for error messages.
+
+    Raises:
+        TypeError: none of these. ValueError: an array of another shape or range, an empty list.
+    """
+    if isinstance(image, (list, tuple)):
+        if not image:
+            raise ValueError(f"`{name}` is an empty list: give at least one image.")
+        return torch.cat([images_to_pixels(item, size, name) for item in image])
+    if isinstance(image, PIL.Image.Image):
+        array = np.asarray(image.convert("RGB"))[None]
+    elif isinstance(image, (np.ndarray, torch.Tensor)):
+        array = _as_uint8(image, name)
+    else:
+        raise TypeError(f"`{name}` must be a PIL image, an array, a tensor or a list of them, got {type(image).__name__}.")
+    height, width = size
+    rows = []
+    for item in array:
+        picture = PIL.Image.fromarray(item)
+        if picture.size != (width, height):
+            scale = min(picture.width / width, picture.height / height)
+            crop_width, crop_height = max(1, round(width * scale)), max(1, round(height * scale))
+            left, top = (picture.width - crop_width) // 2, (picture.height - crop_height) // 2
+            box = (left, top, left + crop_width, top + crop_height)
+            picture = picture.resize((width, height), PIL.Image.Resampling.BICUBIC, box=box, reducing_gap=None)
+        rows.append(np.array(picture))
+    return torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+
+
+def _as_uint8(image: np.ndarray | torch.Tensor, name: str) -> np.ndarray:
+    """An array [.., H, W, 3] or a tensor [.., 3, H, W] -> uint8 array [B, H, W, 3]."""
+    expected = "[3, H, W] or [B, 3, H, W]" if isinstance(image, torch.Tensor) else "[H, W, 3] or [B, H, W, 3]"
+    axis = -3 if isinstance(image, torch.Tensor) else -1
+    if image.ndim not in (3, 4) or image.shape[axis] != 3 or 0 in image.shape:
+        raise ValueError(f"`{name}` must have shape {expected}, got {tuple(image.shape)}.")
+    if isinstance(image, torch.Tensor):
+        image = image.detach().cpu().movedim(-3, -1)
+        image = (image.float() if image.is_floating_point() else image).numpy()
+    if image.ndim == 3:
+        image = image[None]
+    if image.dtype == np.uint8:
+        return np.ascontiguousarray(image)
+    if not np.issubdtype(image.dtype, np.floating):
+        raise TypeError(f"`{name}` must be uint8 in 0 .. 255 or floating point in 0 .. 1, got {image.dtype}.")
+    if not np.isfinite(image).all() or image.min() < -1e-3 or image.max() > 1 + 1e-3:
+        raise ValueError(
+            f"`{name}` must lie in [0, 1] as floating point, got values from {image.min():.3g} to {image.max():.3g}: rescale it."
+        )
+    return np.ascontiguousarray((image.clip(0, 1) * 255).round().astype(np.uint8))

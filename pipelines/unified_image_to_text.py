@@ -1,0 +1,152 @@
+"""`UnifiedImageToTextPipeline`: describes a picture, or answers a question about it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import replace_example_docstring
+
+from armm.decoding.sampling import Sampler
+from armm.decoding.text import decode_text
+
+from .outputs import ARTextOutput
+from .unified import UnifiedPipeline
+
+__all__ = ["DiffusionPipeline", "UnifiedImageToTextPipeline"]
+
+EXAMPLE_DOC_STRING = """
+    Examples:
+        ```py
+        >>> import armm
+        >>> from PIL import Image
+
+        >>> pipe = armm.pipeline("image-to-text")
+        >>> image = Image.open("scene.png")
+        >>> pipe(image).texts[0]
+        >>> pipe(image, "what color is the cube?").texts[0]
+        ```
+"""
+
+
+class UnifiedImageToTextPipeline(UnifiedPipeline):
+    """Reads images: a caption, or the answer to a question."""
+
+    @torch.no_grad()
+    @replace_example_docstring(EXAMPLE_DOC_STRING)
+    def __call__(
+        self,
+        image: Any,
+        question: str | list[str] | None = None,
+        max_new_tokens: int | None = None,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        return_dict: bool = True,
+        callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> ARTextOutput | tuple:
+        """Reads.
+
+        Args:
+            image: a PIL image, an array [H, W, 3] or [B, H, W, 3], a tensor [3, H, W] or [B, 3, H, W] (uint8, or floats in
+                [0, 1]), or a list of them. Another size than the model's is cropped in the middle and resized.
+            question (`str` or `list[str]`, *optional*): asked about each image; a list holds one question for each image, or
+                several about one image. Without it the images are described.
+            max_new_tokens (`int`, *optional*): longest text; by default as long as the model can say.
+            temperature (`float`, *optional*, defaults to 0): 0 says the likeliest word.
+            top_k, top_p: filters of the draw when `temperature` is above 0.
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*): one for the call, or one for each text.
+            return_dict (`bool`, *optional*, defaults to `True`): return an `ARTextOutput` rather than a tuple.
+            callback_on_step_end (`Callable`, *optional*): called as `callback(pipe, step, timestep, tensors)` after each
+                token of a group of texts whose questions are equally long; `"latents"` are the token ids so far.
+            callback_on_step_end_tensor_inputs (`list[str]`, *optional*): what the callback is given: `"latents"`.
+
+        Examples:
+
+        Returns:
+            [`ARTextOutput`] or `tuple`: one text for each image or question.
+        """
+        self.check_number("temperature", temperature, low=0)
+        self.check_number("top_k", top_k, low=0, integer=True)
+        self.check_number("top_p", top_p, low=0, high=1)
+        if top_p == 0:
+            raise ValueError("`top_p` must be above 0 (1 turns the filter off), got 0.")
+        self.check_callback_inputs(callback_on_step_end_tensor_inputs)
+        segments = self._segments(question)
+        room = self.transformer.answer_slots - max(len(ids) for ids in segments) + 1
+        if max_new_tokens is None:
+            max_new_tokens = room
+        self.check_number("max_new_tokens", max_new_tokens, low=1, high=room, integer=True)
+        codes = self.encode_image(image)
+        codes, segments = _pair(codes, segments, question)
+        self.check_generator(generator, len(segments))
+        sampler = Sampler(temperature=temperature or 1.0, top_k=int(top_k), top_p=top_p, do_sample=temperature > 0)
+        if isinstance(generator, torch.Generator):
+            # One stream for the call: its texts take independent generators seeded from it, whatever their grouping.
+            seeds = torch.randint(2**62, (len(segments),), generator=generator, device=generator.device).tolist()
+            generator = [torch.Generator(generator.device).manual_seed(seed) for seed in seeds]
+        texts = [""] * len(segments)
+        self._interrupt = False
+        self._num_timesteps = max_new_tokens
+
+        def step_end(step: int, ids: torch.Tensor) -> torch.Tensor | None:
+            return self.step_end(callback_on_step_end, callback_on_step_end_tensor_inputs, step, {"latents": ids}).get("latents")
+
+        # Segments of one length go together: no padding, so a text does not depend on what it is batched with.
+        for length in sorted({len(ids) for ids in segments}):
+            rows = [row for row, ids in enumerate(segments) if len(ids) == length]
+            prefix = torch.cat(
+                [
+                    self.null_prefix(len(rows)),
+                    codes[rows] + len(self.words),
+                    torch.tensor([segments[row] for row in rows], device=codes.device),
+                ],
+                dim=1,
+            )
+            output = decode_text(
+                self.transformer,
+                prefix,
+                stop_id=self.words.end,
+                max_tokens=max_new_tokens,
+                index=torch.arange(prefix.shape[1], device=codes.device),
+                sampler=sampler,
+                noise=None if generator is None else [generator[row] for row in rows],
+                vocabulary=(0, len(self.words)),
+                callback=None if callback_on_step_end is None else step_end,
+                interrupt=lambda: self._interrupt,
+                check_every=2,
+            )
+            for row, ids in zip(rows, output.tokens(), strict=True):
+                texts[row] = self.words.decode(ids)
+        self.maybe_free_model_hooks()
+        return ARTextOutput(texts=texts) if return_dict else (texts,)
+
+    def _segments(self, question: Any) -> list[list[int]]:
+        """What follows the image: the ids that open a caption, or questions up to where their answers start."""
+        if question is None:
+            return [[self.words.caption]]
+        asked = [question] if isinstance(question, str) else question
+        if not isinstance(asked, (list, tuple)):
+            raise TypeError(f"`question` must be a string or a list of strings, got {type(question).__name__}.")
+        if not asked:
+            raise ValueError("`question` is an empty list: give at least one question, or None for a caption.")
+        limit = self.transformer.answer_slots - 2
+        encoded = [self.words.encode(text, "question", limit) for text in asked]
+        return [[self.words.question, *ids, self.words.answer] for ids in encoded]
+
+
+def _pair(codes: torch.Tensor, segments: list[list[int]], question: Any) -> tuple[torch.Tensor, list[list[int]]]:
+    """As many images as texts: one question for all images, or several questions about one image."""
+    if len(segments) == 1:
+        return codes, segments * len(codes)
+    if len(codes) == 1:
+        return codes.repeat(len(segments), 1), segments
+    if len(codes) != len(segments):
+        raise ValueError(
+            f"`question` has {len(segments)} questions for {len(codes)} images: give one for all, one for each image, or one image."
+        )
+    return codes, segments

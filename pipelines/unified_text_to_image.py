@@ -1,0 +1,93 @@
+"""`UnifiedTextToImagePipeline`: a picture from a sentence, by a model whose vocabulary holds words and image codes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import replace_example_docstring
+
+from .outputs import ARPipelineOutput
+from .unified import UnifiedPipeline
+
+__all__ = ["DiffusionPipeline", "UnifiedTextToImagePipeline"]
+
+EXAMPLE_DOC_STRING = """
+    Examples:
+        ```py
+        >>> import armm
+
+        >>> pipe = armm.pipeline("text-to-image")
+        >>> image = pipe("a small red sphere to the left of a large blue cube").images[0]
+        >>> image.save("scene.png")
+        ```
+"""
+
+
+class UnifiedTextToImagePipeline(UnifiedPipeline):
+    """Draws images from text, one token after the other, with classifier-free guidance."""
+
+    @torch.no_grad()
+    @replace_example_docstring(EXAMPLE_DOC_STRING)
+    def __call__(
+        self,
+        prompt: str | list[str],
+        height: int | None = None,
+        width: int | None = None,
+        num_images_per_prompt: int = 1,
+        guidance_scale: float | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        output_codes: bool = False,
+    ) -> ARPipelineOutput | tuple:
+        """Draws.
+
+        Args:
+            prompt (`str` or `list[str]`): what to draw, in words of the model's vocabulary.
+            height, width (`int`, *optional*): must be the model's own size.
+            num_images_per_prompt (`int`, *optional*, defaults to 1): images of each prompt, next to each other.
+            guidance_scale (`float`, *optional*): above 1, how strongly the prompt is followed; 1 turns guidance off.
+            temperature (`float`, *optional*): of the draw; 0 always takes the likeliest code.
+            top_k (`int`, *optional*): draw from the k likeliest codes only; 0 from all.
+            top_p (`float`, *optional*): draw from the likeliest codes with this total probability; 1 from all.
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*): one for the call, or one for each image: then
+                an image does not depend on its batch.
+            output_type (`str`, *optional*, defaults to `"pil"`): `"pil"`, `"np"`, `"pt"` or `"latent"` (code ids [B, N]).
+            return_dict (`bool`, *optional*, defaults to `True`): return an `ARPipelineOutput` rather than a tuple.
+            callback_on_step_end (`Callable`, *optional*): called as `callback(pipe, step, timestep, tensors)` after each
+                token; a returned `"latents"` (code ids so far) replaces them.
+            callback_on_step_end_tensor_inputs (`list[str]`, *optional*): what the callback is given: `"latents"`.
+            output_codes (`bool`, *optional*, defaults to `False`): also return the visual codes.
+
+        Examples:
+
+        Returns:
+            [`ARPipelineOutput`] or `tuple`: the images, and the codes if asked for.
+        """
+        self.check_output_type(output_type)
+        self.check_size(height, width)
+        self.check_number("num_images_per_prompt", num_images_per_prompt, low=1, integer=True)
+        guidance_scale, sampler = self.check_sampling(guidance_scale, temperature, top_k, top_p)
+        prefix = self.encode_prompt(prompt, num_images_per_prompt)
+        self.check_generator(generator, len(prefix))
+        codes = self.draw_codes(
+            prefix,
+            guidance_scale,
+            sampler,
+            generator,
+            callback=callback_on_step_end,
+            callback_names=callback_on_step_end_tensor_inputs,
+        )
+        images = self.decode_codes_to_images(codes, output_type)
+        self.maybe_free_model_hooks()
+        if not return_dict:
+            return (images, codes) if output_codes else (images,)
+        return ARPipelineOutput(images=images, codes=codes if output_codes else None)
