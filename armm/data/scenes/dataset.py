@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
-import json
 import logging
 import os
 import tempfile
@@ -118,9 +118,9 @@ class SceneDataset:
 
 
 def _recipe_hash() -> str:
-    """Changes with anything that changes the pictures, so that a cache never serves another recipe's."""
+    """Changes with any code that makes the pictures (not with its comments): a cache never serves another recipe's."""
     digest = hashlib.sha256()
     for name in ("geometry", "tracing", "graph", "render"):
-        digest.update(Path(__file__).with_name(f"{name}.py").read_bytes())
-    digest.update(json.dumps(torch.__version__).encode())
+        source = Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8")
+        digest.update(ast.dump(ast.parse(source)).encode())
     return digest.hexdigest()[:10]

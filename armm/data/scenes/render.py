@@ -98,20 +98,19 @@ def _render_chunk(scenes: Scenes, size: int, supersample: int) -> Tensor:
     # Pairs of an object and a pixel that may show it, or its shadow; half a pixel wider for the finer rays.
     near = solids.near(grid, 0.75 / size).nonzero()
     shaded = _may_shade(solids, grid, lights, 0.75 / size).nonzero()
-    pairs = [(part[:, 0], solids.scene[part[:, 0]] * pixels + part[:, 1]) for part in (near, shaded)]
-    color, surface = _shade(scenes, solids, lights, *pairs, grid.repeat(batch, 1), pixels)
+    shown, darkened = ((part[:, 0], solids.scene[part[:, 0]] * pixels + part[:, 1]) for part in (near, shaded))
+    color, surface = _shade(scenes, solids, lights, shown, darkened, grid.repeat(batch, 1), pixels)
     if supersample > 1:
         outline = _outline(surface.view(batch, size, size)).flatten().nonzero()[:, 0]
         offsets = (pixel_grid(supersample, device) - 0.5) / size
         points = (grid[outline % pixels, None] + offsets).view(-1, 2)
         rank = torch.full((batch * pixels,), -1, device=device)
         rank[outline] = torch.arange(len(outline), device=device)
-        fine = [_refine(objects, rank[rays], len(offsets)) for objects, rays in pairs]
-        color[outline] = (
-            _shade(scenes, solids, lights, *fine, points, 0, outline // pixels)[0]
-            .view(len(outline), len(offsets), 3)
-            .mean(dim=1)
-        )
+        per_pixel = len(offsets)
+        fine_shown = _refine(shown[0], rank[shown[1]], per_pixel)
+        fine_darkened = _refine(darkened[0], rank[darkened[1]], per_pixel)
+        fine, _ = _shade(scenes, solids, lights, fine_shown, fine_darkened, points, 0, outline // pixels)
+        color[outline] = fine.view(len(outline), per_pixel, 3).mean(dim=1)
     color = color.clamp_(0, 1).pow_(1 / _GAMMA).mul_(255).round_()
     return color.to(torch.uint8).view(batch, size, size, 3).permute(0, 3, 1, 2)
 
