@@ -53,7 +53,10 @@ def _clear_errors(what: str, repo_id: str) -> Iterator[None]:
         raise DownloadError(f"the repository {repo_id} does not have {what}.") from error
     except HFValidationError as error:
         raise DownloadError(f"{repo_id!r} is not a valid hub id ({error}).") from error
-    except (HfHubHTTPError, OSError) as error:
+    except (
+        *HfHubHTTPError.__bases__,
+        OSError,
+    ) as error:  # of the HTTP library that huggingface_hub uses, and of the disk
         raise DownloadError(f"downloading {what} failed ({type(error).__name__}: {error}).") from error
 
 

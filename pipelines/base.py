@@ -48,6 +48,8 @@ class ARPipeline(DiffusionPipeline):
     # Module with `load_single_file(path, ...) -> dict` for files in their authors' own format. It sits above the
     # pipelines, so it is named here and imported when a file is read.
     single_file_loader: ClassVar[str | None] = None
+    # Names of pipelines whose directories this one loads as well: other tasks of the same components.
+    interchangeable: ClassVar[tuple[str, ...]] = ()
 
     # ------------------------------------------------------------------ loading and saving
 
@@ -79,7 +81,7 @@ class ARPipeline(DiffusionPipeline):
             folder = Path(cls.download(name, **{key: kwargs[key] for key in hub_keys if key in kwargs}))
         index = loading.read_index(folder)
         target = loading.pipeline_class(index, folder) if cls is ARPipeline else cls
-        if index["_class_name"] != target.__name__:
+        if index["_class_name"] not in (target.__name__, *target.interchangeable):
             raise ValueError(
                 f"{name} holds a {index['_class_name']}, not a {target.__name__}: load it with "
                 f"`armm.{index['_class_name']}.from_pretrained` or with `armm.pipeline`, which reads the class from the directory."

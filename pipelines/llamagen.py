@@ -419,6 +419,8 @@ class LlamaGenPipeline(ARPipeline):
         self.check_number("top_p", settings["top_p"], low=0.0, high=1.0)
         if not isinstance(settings["do_sample"], bool):
             raise TypeError(f"`do_sample` must be True or False, got {settings['do_sample']!r}.")
+        for name in ("guidance_interval", "top_k"):
+            settings[name] = int(settings[name])  # numpy integers are welcome
         return settings
 
 

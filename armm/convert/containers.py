@@ -27,6 +27,12 @@ EMA_KEYS = ("ema", "model_ema", "ema_state_dict")
 WRAPPER_PREFIXES = ("module.", "_orig_mod.", "_fsdp_wrapped_module.")
 # Harmless classes found in published files. Everything else that is not a tensor or plain data is refused.
 ALLOWED_CLASSES = (argparse.Namespace,)
+# What torch's restricted unpickler says of objects that it would have to call or build.
+_RUNS_CODE = re.compile(
+    r"(?:unsupported global:? (?:global )?(?P<name>[\w.]+))|unrecognized function|can only create new object|can only build tensor"
+    r"|corrupt or malicious",
+    re.IGNORECASE,
+)
 
 
 class CheckpointError(ValueError):
@@ -106,19 +112,17 @@ def _read_pickle(path: Path) -> Any:
     try:
         with torch.serialization.safe_globals(list(ALLOWED_CLASSES)):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except pickle.UnpicklingError as error:
-        message = str(error)
-        named = re.search(r"(?:GLOBAL|Unsupported global:? GLOBAL|Unsupported class)\s+`?([\w.]+)", message)
-        if named or "Unsupported" in message or "not allowed" in message:
-            what = f" ({named[1]})" if named else ""
+    except Exception as error:  # whatever damaged bytes lead to
+        found = _RUNS_CODE.search(str(error)) if isinstance(error, pickle.UnpicklingError) else None
+        if found:
+            what = f" ({found['name']})" if found["name"] else ""
             raise UnsafeCheckpointError(
                 f"{path} is refused: besides tensors it holds an object that would run code when loaded{what}. "
                 "Convert it to safetensors with the software that wrote it, on a machine where that code may run."
             ) from error
-        raise UnreadableCheckpointError(f"{path} is not a torch checkpoint, or a damaged one.") from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UnreadableCheckpointError(f"{path} is not a torch checkpoint, or a truncated one ({reason}).") from error
+        raise UnreadableCheckpointError(
+            f"{path} is not a torch checkpoint, or a truncated one ({type(error).__name__})."
+        ) from error
 
 
 def unwrap(content: Any, path: Any = "the checkpoint", *, use_ema: bool = False) -> dict[str, torch.Tensor]:

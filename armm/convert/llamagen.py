@@ -154,11 +154,11 @@ def convert_state_dict(
     if "quantize.embedding.weight" in state:
         options = _read_options(config, _TOKENIZER_OPTIONS)
         with init_empty_weights():
-            model = VQTokenizer(**tokenizer_config(state, options))
+            model = VQTokenizer(**tokenizer_arguments(state, options))
         return load_strict(model, apply_rules(state, TOKENIZER_RULES), TOKENIZER_RULES, dtype=dtype)
     if "tok_embeddings.weight" in state:
         options = _read_options(config, _TRANSFORMER_OPTIONS)
-        arguments = transformer_config(state, options)
+        arguments = transformer_arguments(state, options)
         trunk = arguments["transformer"]
         head_dim = trunk["dim"] // trunk["num_heads"]
         rows = (trunk["dim"], trunk["num_kv_heads"] * head_dim, trunk["num_kv_heads"] * head_dim)
@@ -173,7 +173,7 @@ def convert_state_dict(
     )
 
 
-def transformer_config(state: Mapping[str, torch.Tensor], options: Mapping[str, Any]) -> dict[str, Any]:
+def transformer_arguments(state: Mapping[str, torch.Tensor], options: Mapping[str, Any]) -> dict[str, Any]:
     """Init arguments of `AutoregressiveModel` for the tensors of a transformer."""
     vocab_size, dim = _shape(state, "tok_embeddings.weight", 2)
     num_layers = _count(state, r"layers\.(\d+)\.")
@@ -200,10 +200,15 @@ def transformer_config(state: Mapping[str, torch.Tensor], options: Mapping[str, 
         num_classes = _shape(state, "cls_embedding.embedding_table.weight", 2)[0] - 1
         condition = {"type": "class", "num_classes": num_classes}
         found |= {"num_classes": num_classes, "condition_tokens": 1, "model_type": "c2i"}
-    else:
+    elif "cls_embedding.uncond_embedding" in state:
         num_tokens, in_dim = _shape(state, "cls_embedding.uncond_embedding", 2)
         condition = {"type": "caption", "in_dim": in_dim, "num_tokens": num_tokens}
         found |= {"caption_dim": in_dim, "condition_tokens": num_tokens, "model_type": "t2i"}
+    else:
+        missing = ["cls_embedding.embedding_table.weight", "cls_embedding.uncond_embedding"]
+        raise CheckpointKeysError(
+            f"the checkpoint lacks a condition: neither {' nor '.join(missing)}.", missing=missing
+        )
     _compare(options, found)
     return {
         "vocab_size": vocab_size,
@@ -224,7 +229,7 @@ def transformer_config(state: Mapping[str, torch.Tensor], options: Mapping[str, 
     }
 
 
-def tokenizer_config(state: Mapping[str, torch.Tensor], options: Mapping[str, Any]) -> dict[str, Any]:
+def tokenizer_arguments(state: Mapping[str, torch.Tensor], options: Mapping[str, Any]) -> dict[str, Any]:
     """Init arguments of `VQTokenizer` for the tensors of a tokenizer."""
     base_channels, in_channels = _shape(state, "encoder.conv_in.weight", 4)[:2]
     codebook_size, codebook_dim = _shape(state, "quantize.embedding.weight", 2)
@@ -331,7 +336,7 @@ def preset_of(transformer: AutoregressiveModel) -> dict[str, Any]:
 def _read_options(config: Any, known: set[str]) -> dict[str, Any]:
     if config is None:
         return {}
-    if not isinstance(config, Mapping):
+    if isinstance(config, (str, Path)):
         path = Path(config)
         try:
             config = json.loads(path.read_text(encoding="utf-8"))
