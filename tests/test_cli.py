@@ -8,12 +8,17 @@ import sys
 from pathlib import Path
 
 import pytest
-from PIL import Image
+import torch
+from PIL import Image, ImageSequence
+from tiny_llamagen import class_pipeline
+from tiny_unified import unified_pipeline
 
 from armm.cli import generate, train
 from armm.cli.main import build_parser, main
 from armm.cli.output import atomic_file, atomic_folder, image_grid, table
 
+PROMPT, OTHER = "a small red sphere to the left of a large blue cube", "two green cones"
+PARITY = Path(__file__).parent / "parity" / "cases" / "llamagen"
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = ("generate", "describe", "train", "evaluate", "convert", "zoo", "bench", "info")
 
@@ -107,6 +112,132 @@ def test_a_grid_holds_every_picture():
 
 def test_the_table_is_aligned():
     assert table(("a", "bb"), [("xxx", 1)]) == "a    bb\n---  --\nxxx  1"
+
+
+# ---------------------------------------------------------------------- generate, describe, convert
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> dict[str, Path]:
+    """Folders of tiny pipelines: `unified` draws and reads, `classes` draws classes, `reader` reads."""
+    root = tmp_path_factory.mktemp("models")
+    folders = {name: root / name for name in ("unified", "classes", "reader")}
+    unified_pipeline().save_pretrained(folders["unified"])
+    class_pipeline().save_pretrained(folders["classes"])
+    from pipelines.unified_image_to_text import UnifiedImageToTextPipeline
+
+    UnifiedImageToTextPipeline.from_pretrained(folders["unified"]).save_pretrained(folders["reader"])
+    return folders
+
+
+def draw(folder: Path, *arguments: object) -> int:
+    return run("generate", *arguments, "--model", folder, "--device", "cpu", "--quiet")
+
+
+def pixels(path: Path) -> list:
+    return list(Image.open(path).convert("RGB").tobytes())
+
+
+def test_generate_writes_one_picture(models, tmp_path, capfd):
+    target = tmp_path / "scene.png"
+    assert run("generate", PROMPT, "-o", target, "--model", models["unified"], "--seed", 3, "--device", "cpu") == 0
+    assert Image.open(target).size == (32, 32) and files(tmp_path) == ["scene.png"]
+    shown = capfd.readouterr()
+    assert "seed 3" in shown.out and str(target) in shown.out
+    assert "16/16" in shown.err or "it/s" in shown.err or "%" in shown.err
+
+
+def test_a_seed_names_a_picture_alone_in_a_batch_and_on_any_number_of_threads(models, tmp_path):
+    folder, threads = models["unified"], torch.get_num_threads()
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            assert draw(folder, PROMPT, "-o", tmp_path / f"threads{count}.png", "--seed", 7) == 0
+    finally:
+        torch.set_num_threads(threads)
+    assert draw(folder, OTHER, PROMPT, "-o", tmp_path / "batch.png", "--seed", 6) == 0
+    assert draw(folder, PROMPT, "-o", tmp_path / "other.png", "--seed", 8) == 0
+    once = pixels(tmp_path / "threads1.png")
+    assert once == pixels(tmp_path / "threads2.png")
+    assert max(abs(a - b) for a, b in zip(once, pixels(tmp_path / "batch-1.png"), strict=True)) <= 1
+    assert once != pixels(tmp_path / "other.png")
+
+
+def test_without_a_seed_one_is_chosen_and_it_repeats_the_picture(models, tmp_path, capsys):
+    assert run("generate", PROMPT, "-o", tmp_path / "a.png", "--model", models["unified"], "--device", "cpu") == 0
+    seed = capsys.readouterr().out.split("seed ")[1].split(")")[0]
+    assert draw(models["unified"], PROMPT, "-o", tmp_path / "b.png", "--seed", seed) == 0
+    assert pixels(tmp_path / "a.png") == pixels(tmp_path / "b.png")
+
+
+def test_several_pictures_a_grid_and_a_size(models, tmp_path):
+    common = ("--num-images", 2, "--seed", 1, "--size", 48)
+    assert draw(models["unified"], PROMPT, OTHER, "-o", tmp_path / "many.png", *common) == 0
+    assert files(tmp_path) == [f"many-{i}.png" for i in range(4)]
+    assert draw(models["unified"], PROMPT, OTHER, "-o", tmp_path / "grid.jpg", "--grid", *common) == 0
+    assert Image.open(tmp_path / "grid.jpg").size == (98, 98)
+    assert Image.open(tmp_path / "many-3.png").size == (48, 48)
+
+
+def test_classes_are_drawn_with_settings(models, tmp_path):
+    settings = ("--temperature", 0.8, "--top-k", 5, "--top-p", 0.9, "--guidance-scale", 1.5, "--seed", 0)
+    assert draw(models["classes"], "--class-labels", 1, 9, "-o", tmp_path / "c.webp", *settings) == 0
+    assert files(tmp_path) == ["c-0.webp", "c-1.webp"]
+
+
+def test_the_animation_shows_tokens_appearing_and_ends_with_the_picture(models, tmp_path):
+    command = (PROMPT, "-o", tmp_path / "a.png", "--animate", tmp_path / "a.gif", "--animate-size", 64, "--seed", 2)
+    assert draw(models["unified"], *command) == 0
+    assert files(tmp_path) == ["a.gif", "a.png"]
+    animation = Image.open(tmp_path / "a.gif")
+    frames = [(frame.convert("RGB"), frame.info["duration"]) for frame in ImageSequence.Iterator(animation)]
+    assert len(frames) == 17 and frames[0][0].size == (64, 64)
+    assert frames[-1][1] > 10 * frames[0][1]
+    # Frame k shows k cells in raster order; the others have the neutral color.
+    neutral = frames[0][0].getpixel((8, 8))
+    for known, (frame, _) in enumerate(frames):
+        gray = [frame.getpixel((16 * (i % 4) + 8, 16 * (i // 4) + 8)) == neutral for i in range(16)]
+        assert all(gray[known:]) and sum(gray[:known]) <= 1
+    final = Image.open(tmp_path / "a.png").convert("RGB").resize((64, 64), Image.Resampling.BICUBIC)
+    differences = [abs(a - b) for a, b in zip(final.tobytes(), frames[-1][0].tobytes(), strict=True)]
+    assert sum(differences) / len(differences) < 8
+
+
+def test_describe_captions_answers_and_prints_json(models, tmp_path, capsys):
+    picture = tmp_path / "p.png"
+    Image.effect_noise((40, 32), 60).save(picture)
+    common = (picture, "--model", models["reader"], "--device", "cpu", "--quiet")
+    assert run("describe", *common) == 0
+    caption = capsys.readouterr().out
+    assert len(caption.splitlines()) == 1
+    questions = ("-q", "what color is the cube?", "-q", "how many objects are there?")
+    assert run("describe", *common, *questions, "--json") == 0
+    answers = json.loads(capsys.readouterr().out)["answers"]
+    assert [answer["question"] for answer in answers] == list(questions[1::2])
+    assert run("describe", *common, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["caption"] == caption.strip()
+    assert files(tmp_path) == ["p.png"]
+
+
+def test_convert_writes_a_pipeline_that_draws(tmp_path):
+    out = tmp_path / "model"
+    command = (
+        "convert",
+        "llamagen",
+        PARITY / "c2i" / "checkpoint.pt",
+        "--tokenizer",
+        PARITY / "tokenizer" / "checkpoint.pt",
+    )
+    assert run(*command, "--config", '{"n_head": 4}', "-o", out) == 0
+    assert files(tmp_path) == ["model"] and (out / "model_index.json").is_file()
+    import armm
+
+    assert type(armm.pipeline(out)).__name__ == "LlamaGenPipeline"
+
+
+def test_convert_writes_a_component(tmp_path):
+    assert run("convert", "llamagen", PARITY / "tokenizer" / "checkpoint.pt", "-o", tmp_path / "vq") == 0
+    assert files(tmp_path / "vq") == ["config.json", "diffusion_pytorch_model.safetensors"]
 
 
 # ---------------------------------------------------------------------- train, zoo, bench, info

@@ -43,11 +43,10 @@ def run(args: argparse.Namespace) -> int:
 
     pipe = load_pipeline(args.model, args)
 
-    def ask(question: str | None) -> str:
-        return pipe(image, question=question, generator=torch.Generator().manual_seed(args.seed)).texts[0]
-
-    answers = [(question, ask(question)) for question in args.question]
-    caption = None if answers else ask(None)
+    generator = torch.Generator().manual_seed(args.seed)
+    texts = pipe(image, question=args.question or None, generator=generator).texts
+    answers = list(zip(args.question, texts, strict=True)) if args.question else []
+    caption = None if answers else texts[0]
     if args.json:
         result = {"image": args.image}
         if caption is not None:

@@ -48,7 +48,7 @@ def add(subparsers: argparse._SubParsersAction) -> None:
         "--model", default="text-to-image", help="a zoo name, a hub id or a folder (default: the shipped model)"
     )
     parser.add_argument(
-        "--class-labels", nargs="+", type=whole(0), metavar="N", help="class numbers instead of prompts"
+        "--class-labels", nargs="+", type=label, metavar="N", help="class numbers or names instead of prompts"
     )
     parser.add_argument(
         "--num-images", type=whole(1, 4096), default=1, metavar="N", help="pictures per prompt (default: 1)"
@@ -72,6 +72,11 @@ def add(subparsers: argparse._SubParsersAction) -> None:
     )
     add_device_arguments(parser)
     parser.set_defaults(run=run)
+
+
+def label(text: str) -> int | str:
+    """Argument type: a class number, or a name as it stands."""
+    return int(text) if text.lstrip("-").isdigit() else text
 
 
 def resized(image: Image.Image, size: int | None) -> Image.Image:
