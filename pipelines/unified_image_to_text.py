@@ -77,10 +77,10 @@ class UnifiedImageToTextPipeline(UnifiedPipeline):
             raise ValueError("`top_p` must be above 0 (1 turns the filter off), got 0.")
         self.check_callback_inputs(callback_on_step_end_tensor_inputs)
         segments = self._segments(question)
-        room = self.transformer.answer_slots - max(len(ids) for ids in segments) + 1
-        if max_new_tokens is None:
-            max_new_tokens = room
-        self.check_number("max_new_tokens", max_new_tokens, low=1, high=room, integer=True)
+        slots = self.transformer.answer_slots + 1
+        room = slots - max(len(ids) for ids in segments)
+        if max_new_tokens is not None:
+            self.check_number("max_new_tokens", max_new_tokens, low=1, high=room, integer=True)
         codes = self.encode_image(image)
         codes, segments = _pair(codes, segments, question)
         self.check_generator(generator, len(segments))
@@ -91,7 +91,7 @@ class UnifiedImageToTextPipeline(UnifiedPipeline):
             generator = [torch.Generator(generator.device).manual_seed(seed) for seed in seeds]
         texts = [""] * len(segments)
         self._interrupt = False
-        self._num_timesteps = max_new_tokens
+        self._num_timesteps = max_new_tokens or slots - min(len(ids) for ids in segments)
 
         def step_end(step: int, ids: torch.Tensor) -> torch.Tensor | None:
             return self.step_end(callback_on_step_end, callback_on_step_end_tensor_inputs, step, {"latents": ids}).get("latents")
@@ -111,7 +111,7 @@ class UnifiedImageToTextPipeline(UnifiedPipeline):
                 self.transformer,
                 prefix,
                 stop_id=self.words.end,
-                max_tokens=max_new_tokens,
+                max_tokens=max_new_tokens or slots - length,
                 index=torch.arange(prefix.shape[1], device=codes.device),
                 sampler=sampler,
                 noise=None if generator is None else [generator[row] for row in rows],
