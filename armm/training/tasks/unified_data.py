@@ -11,6 +11,7 @@ import logging
 import multiprocessing
 import os
 import random
+import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from armm.data.scenes import QA, VOCABULARY, Scenes, caption, describe_prompt, questions
+from armm.data.scenes import QA, VOCABULARY, Scenes, caption, describe_prompt, language, questions
 from armm.training.images import to_pixels
 from pipelines.text import SPECIAL_TOKENS, WordTokenizer
 from tokenizers_visual.vq_tokenizer import VQTokenizer
@@ -145,7 +146,8 @@ def merge_texts(parts: list[dict[str, Any]], pad: int) -> dict[str, Any]:
 
 def prepare_texts(scenes: Scenes, settings: dict[str, Any], vocabulary: list[str], cache: Path) -> dict[str, Any]:
     """`write_texts` over all scenes, in parallel where there are many, kept in `cache`."""
-    key = {**settings, "vocabulary": vocabulary, "scenes": _digest(scenes.seed), "count": len(scenes), "format": 1}
+    sources = [Path(module.__file__).read_bytes() for module in (language, sys.modules[__name__])]
+    key = {**settings, "vocabulary": vocabulary, "scenes": _digest(*scenes.tensors().values()), "code": _digest(*sources)}
     path = cache / f"texts-{_digest(json.dumps(key, sort_keys=True))}.pt"
     if path.is_file():
         return torch.load(path, weights_only=True)
