@@ -11,7 +11,7 @@ import torch
 
 from armm.data.scenes import VOCABULARY
 from armm.decoding.next_token import NextTokenDecoding
-from armm.training import Recipe
+from armm.training import Recipe, load_recipe
 from armm.training.recipe import OptimizerRecipe
 from armm.training.tasks.unified import UnifiedTask
 from armm.training.tasks.unified_data import scene_vocabulary
@@ -479,3 +479,39 @@ def test_components_must_belong_together(task):
         UnifiedTextToImagePipeline(**parts, vocabulary=[*task.vocabulary, "dragon"])
     with pytest.raises(ValueError, match="did you mean 'temperature'"):
         UnifiedTextToImagePipeline(**parts, vocabulary=task.vocabulary, generation_config={"temprature": 1})
+
+
+# --- shipped recipes -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [64, 128])
+def test_the_shipped_recipe_runs(size, tmp_path):
+    """Two steps of each recipe as it is, but for the amount of data, the rows of a batch and the tokenizer's width."""
+    recipes = Path(__file__).resolve().parents[1] / "recipes"
+    tokenizer = load_recipe(recipes / f"scenes-tokenizer-{size}.yaml")
+    VQTokenizer(**{**tokenizer.model, "base_channels": 8, "z_channels": 8}).save_pretrained(tmp_path / "tokenizer")
+    overrides = {
+        "data.tokenizer": str(tmp_path / "tokenizer"),
+        "data.scenes": 8,
+        "data.validation": 4,
+        "model.compile": False,
+        "precision": "no",
+        "steps": 2,
+        "batch_size": 4,
+        "validate_every": 0,
+        "sample_every": 0,
+    }
+    recipe = load_recipe(recipes / f"scenes-unified-{size}.yaml", overrides, output=tmp_path / "run")
+    assert recipe.data["size"] == tokenizer.data["size"] == size
+    task = UnifiedTask(recipe)
+    assert sum(p.numel() for p in task.module.parameters()) <= 7.5e6 and task.grid == (size // 8, size // 8)
+    task.prepare(torch.device("cpu"))
+    optimizer = torch.optim.AdamW(task.parameter_groups(), lr=1e-3)
+    losses = []
+    for _ in range(2):
+        loss, _ = task.loss(task.batch(0, 4, 0), 0, 0.0)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[1] < losses[0]
