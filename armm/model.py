@@ -311,7 +311,7 @@ def _build_condition(config: dict | None, dim: int) -> LabelEmbedding | CaptionE
     if config is None:
         return None
     options = {name: value for name, value in config.items() if name != "type"}
-    wanted = {"class": {"num_classes"}, "caption": {"in_dim", "num_tokens"}}.get(config.get("type"))
+    wanted = {"class": {"num_classes"}, "caption": {"in_dim", "num_tokens"}}.get(str(config.get("type")))
     if wanted is None:
         raise ValueError(f"condition type must be 'class' or 'caption', got {config.get('type')!r}")
     if set(options) != wanted:

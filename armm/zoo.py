@@ -45,7 +45,7 @@ class ZooEntry:
     paper: str = ""
 
 
-_LLAMAGEN = {"family": "llamagen", "licence": "MIT (code); no separate weight licence stated", "paper": "2406.06525"}
+_LLAMAGEN: dict[str, Any] = {"family": "llamagen", "licence": "MIT (code); no separate weight licence stated", "paper": "2406.06525"}
 _C2I_REPO, _T2I_REPO = "FoundationVision/LlamaGen", "peizesun/llamagen_t2i"
 
 

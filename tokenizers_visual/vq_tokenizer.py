@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -71,7 +72,7 @@ class VQTokenizer(VisualTokenizer):
             decoder_res_blocks = (
                 num_res_blocks + 1 if isinstance(num_res_blocks, int) else [number + 1 for number in num_res_blocks]
             )
-        shared = {"patch_size": patch_size, "mid_attention": mid_attention, "norm_groups": norm_groups}
+        shared: dict[str, Any] = {"patch_size": patch_size, "mid_attention": mid_attention, "norm_groups": norm_groups}
         self.encoder = ConvEncoder(
             in_channels,
             base_channels,

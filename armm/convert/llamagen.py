@@ -344,7 +344,7 @@ def _read_options(config: Any, known: set[str]) -> dict[str, Any]:
             raise ValueError(f"`config` {path} is not a readable JSON file ({error}).") from error
     if not isinstance(config, Mapping):
         raise TypeError(f"`config` must be a dict or the path of a JSON file with one, got {type(config).__name__}.")
-    options = {_OPTION_NAMES.get(key, key): value for key, value in config.items() if value is not None}
+    options = {str(_OPTION_NAMES.get(key, key)): value for key, value in config.items() if value is not None}
     unknown = sorted(set(options) - known)
     if unknown:
         raise ValueError(f"unknown `config` options {', '.join(unknown)}: choose from {', '.join(sorted(known))}.")

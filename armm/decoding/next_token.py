@@ -74,7 +74,7 @@ class NextTokenDecoding(SchedulerMixin, ConfigMixin):
         grid = model.grid if grid is None else model.check_grid(grid)
         low, high = vocabulary_range(model, vocabulary)
         batch, steps = condition.batch, grid[0] * grid[1]
-        rows = concatenate([condition, null_condition]) if guided else condition
+        rows = concatenate([condition, null_condition]) if guided else condition  # type: ignore[list-item]
         device = rows.embeds.device
         _check_known(known_ids, known_mask, batch, steps, high - low)
         if known_ids is not None:

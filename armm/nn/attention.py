@@ -58,7 +58,7 @@ def _reference(
     if mask is not None:
         scores = scores + additive_mask(mask, scores.dtype)
     if causal:
-        scores = scores.masked_fill(~causal_mask(*scores.shape[-2:], scores.device), float("-inf"))
+        scores = scores.masked_fill(~causal_mask(scores.shape[-2], scores.shape[-1], scores.device), float("-inf"))
     return (scores.softmax(-1) @ value.float()).to(query.dtype)
 
 

@@ -42,8 +42,8 @@ class UnifiedTask(TrainingTask):
     model: `text_slots` (words of a prompt), `answer_slots` (tokens of a text after the image), `transformer` (arguments of
         `ARTransformer`), `compile` (the trunk; needs a C++ compiler), `generation` (generation config of the export).
     data: `tokenizer` (directory of a trained `VQTokenizer`), scenes, size, seed, validation (scenes), `cache` (directory of
-        what is made once; by default beside the output directory), captions and questions (written per scene), `reading_share` (of the rows),
-        `questions_per_row`.
+        what is made once; by default beside the output directory), captions and questions (written per scene),
+        `reading_share` (of the rows), `questions_per_row`.
     loss: weights of `null` (codes of reading rows), `caption` and `answer` relative to the codes of drawing rows.
     """
 
