@@ -79,9 +79,13 @@ class WordTokenizer:
             raise ValueError(f"`{name}` is empty: describe a scene, for example 'a red cube', got {text!r}.")
         unknown = list(dict.fromkeys(word for word in words if word not in self._known))
         if unknown:
-            raise ValueError(f"`{name}` holds {self._unknown(unknown)} in {text!r}. Known words: {', '.join(self.words)}.")
+            raise ValueError(
+                f"`{name}` holds {self._unknown(unknown)} in {text!r}. Known words: {', '.join(self.words)}."
+            )
         if limit is not None and len(words) > limit:
-            raise ValueError(f"`{name}` has {len(words)} words, but this model reads at most {limit}: shorten {text!r}.")
+            raise ValueError(
+                f"`{name}` has {len(words)} words, but this model reads at most {limit}: shorten {text!r}."
+            )
         return self._tokenizer.encode(" ".join(words)).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -104,4 +108,3 @@ class WordTokenizer:
             near = difflib.get_close_matches(word, self.words, n=3, cutoff=0.6)
             parts.append(f"{word!r} (did you mean {' or '.join(map(repr, near))}?)" if near else repr(word))
         return f"the unknown word{'s' if len(words) > 1 else ''} {', '.join(parts)}"
-

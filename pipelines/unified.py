@@ -131,7 +131,8 @@ class UnifiedPipeline(ARPipeline):
         """The guidance scale and the sampler of a call, with this checkpoint's settings where an argument is None."""
         guidance_scale = self.setting("guidance_scale", guidance_scale)
         temperature, top_k, top_p = (
-            self.setting(name, value) for name, value in (("temperature", temperature), ("top_k", top_k), ("top_p", top_p))
+            self.setting(name, value)
+            for name, value in (("temperature", temperature), ("top_k", top_k), ("top_p", top_p))
         )
         self.check_number("guidance_scale", guidance_scale, low=0)
         self.check_number("temperature", temperature, low=0)
@@ -218,7 +219,9 @@ def images_to_pixels(image: Any, size: tuple[int, int], name: str = "image") -> 
     elif isinstance(image, (np.ndarray, torch.Tensor)):
         array = _as_uint8(image, name)
     else:
-        raise TypeError(f"`{name}` must be a PIL image, an array, a tensor or a list of them, got {type(image).__name__}.")
+        raise TypeError(
+            f"`{name}` must be a PIL image, an array, a tensor or a list of them, got {type(image).__name__}."
+        )
     height, width = size
     rows = []
     for item in array:

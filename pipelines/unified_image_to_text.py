@@ -94,7 +94,9 @@ class UnifiedImageToTextPipeline(UnifiedPipeline):
         self._num_timesteps = max_new_tokens or slots - min(len(ids) for ids in segments)
 
         def step_end(step: int, ids: torch.Tensor) -> torch.Tensor | None:
-            return self.step_end(callback_on_step_end, callback_on_step_end_tensor_inputs, step, {"latents": ids}).get("latents")
+            return self.step_end(callback_on_step_end, callback_on_step_end_tensor_inputs, step, {"latents": ids}).get(
+                "latents"
+            )
 
         # Segments of one length go together: no padding, so a text does not depend on what it is batched with.
         for length in sorted({len(ids) for ids in segments}):

@@ -84,7 +84,9 @@ class UnifiedInpaintPipeline(UnifiedPipeline):
         count = max(len(prefix), len(pixels), len(cells))
         for name, value in (("prompt", prefix), ("image", pixels), ("mask_image", cells)):
             if len(value) not in (1, count):
-                raise ValueError(f"`{name}` has {len(value)} entries for {count} images: give one for all or one for each.")
+                raise ValueError(
+                    f"`{name}` has {len(value)} entries for {count} images: give one for all or one for each."
+                )
         known = self.encode_image(pixels.add(1).div(2).clamp(0, 1))
         prefix, pixels, cells, known = (
             value.expand(count, *value.shape[1:]).repeat_interleave(num_images_per_prompt, 0)
@@ -135,7 +137,9 @@ class UnifiedInpaintPipeline(UnifiedPipeline):
             if not np.issubdtype(planes.dtype, np.floating):
                 raise TypeError(f"`mask_image` must be bool, uint8 or floating point, got {planes.dtype}.")
             if not np.isfinite(planes).all() or planes.min() < 0 or planes.max() > 1:
-                raise ValueError(f"`mask_image` must lie in [0, 1], got values from {planes.min():.3g} to {planes.max():.3g}.")
+                raise ValueError(
+                    f"`mask_image` must lie in [0, 1], got values from {planes.min():.3g} to {planes.max():.3g}."
+                )
             planes = planes > 0.5
         # The same crop as the image's; a masked pixel stays visible however much the mask shrinks.
         rgb = np.repeat(planes[..., None].astype(np.uint8) * 255, 3, axis=-1)

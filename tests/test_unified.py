@@ -322,7 +322,9 @@ def test_reading_is_deterministic_and_independent_of_the_batch(read, picture):
     asked = ["what color is the cube?", "is there a small shiny red sphere?", "how many objects are there?"]
     together = read([picture, turned, picture], asked).texts
     assert together == read([picture, turned, picture], asked).texts
-    assert together == [read(image, text).texts[0] for image, text in zip([picture, turned, picture], asked, strict=True)]
+    assert together == [
+        read(image, text).texts[0] for image, text in zip([picture, turned, picture], asked, strict=True)
+    ]
     captions = read([picture, turned]).texts
     assert captions == [read(picture).texts[0], read(turned, return_dict=False)[0][0]]
     assert read(picture, asked).texts == [read(picture, text).texts[0] for text in asked]
@@ -374,7 +376,9 @@ def test_inpainting_keeps_what_is_not_masked(inpaint, read, picture):
     outside = ~cells.repeat_interleave(8, 0).repeat_interleave(8, 1).numpy()
     assert (np.asarray(kept.images[0])[outside] == np.asarray(picture)[outside]).all()
     assert (np.asarray(kept.images[0])[~outside] == np.asarray(result.images[0])[~outside]).all()
-    many = inpaint("a red cube", [picture, picture.rotate(90)], mask, generator=generators(3, 4), temperature=5.0).images
+    many = inpaint(
+        "a red cube", [picture, picture.rotate(90)], mask, generator=generators(3, 4), temperature=5.0
+    ).images
     assert np.array_equal(np.asarray(many[0]), np.asarray(result.images[0])) and len(many) == 2
 
 
@@ -462,7 +466,11 @@ def test_bad_reading_arguments(read, picture, arguments, error, message):
         ({"mask_image": np.zeros((SIZE, SIZE, 3, 1), bool)}, ValueError, "shape"),
         ({"mask_image": np.full((SIZE, SIZE), 2.0)}, ValueError, r"\[0, 1\]"),
         ({"mask_image": "mask.png"}, TypeError, "`mask_image`"),
-        ({"prompt": ["a red cube"] * 2, "image": [PIL.Image.new("RGB", (SIZE, SIZE))] * 3}, ValueError, "`prompt` has 2"),
+        (
+            {"prompt": ["a red cube"] * 2, "image": [PIL.Image.new("RGB", (SIZE, SIZE))] * 3},
+            ValueError,
+            "`prompt` has 2",
+        ),
     ],
 )
 def test_bad_inpainting_arguments(inpaint, picture, arguments, error, message):

@@ -74,7 +74,9 @@ class UnifiedTask(TrainingTask):
         )
         self.weights = take(recipe.loss, "loss", null=0.5, caption=0.3, answer=0.5)
         if not self.data["tokenizer"]:
-            raise ValueError("`data.tokenizer` must name the directory of a trained tokenizer (`armm train` one first).")
+            raise ValueError(
+                "`data.tokenizer` must name the directory of a trained tokenizer (`armm train` one first)."
+            )
         if not 0 < self.data["reading_share"] < 1:
             raise ValueError(f"`data.reading_share` must lie between 0 and 1, got {self.data['reading_share']}.")
         if not 1 <= self.data["questions_per_row"] <= self.data["questions"]:
@@ -110,7 +112,9 @@ class UnifiedTask(TrainingTask):
             split.questions = F.pad(split.questions, (0, length - split.questions.shape[-1]), value=self.words.pad)
         slots = max(self.text_slots + 1, length - 1)
         if slots > self.settings["answer_slots"]:
-            raise ValueError(f"`model.answer_slots` {self.settings['answer_slots']} is too short for texts of {slots}: raise it.")
+            raise ValueError(
+                f"`model.answer_slots` {self.settings['answer_slots']} is too short for texts of {slots}: raise it."
+            )
         self.caption_length = self.text_slots + 1
         self.question_length = length - 1
         segments = [self.caption_length] + [self.question_length] * data["questions_per_row"]
@@ -195,7 +199,9 @@ class UnifiedTask(TrainingTask):
         if "reading" in batch:
             null_loss, caption_loss, answer_loss, _ = self._reading_losses(batch)
             weights = self.weights
-            loss = loss + weights["null"] * null_loss + weights["caption"] * caption_loss + weights["answer"] * answer_loss
+            loss = (
+                loss + weights["null"] * null_loss + weights["caption"] * caption_loss + weights["answer"] * answer_loss
+            )
             logs |= {"null": null_loss.detach(), "caption": caption_loss.detach(), "answer": answer_loss.detach()}
         return loss, logs
 
@@ -249,7 +255,9 @@ class UnifiedTask(TrainingTask):
                 sums[name] = sums.get(name, 0.0) + value.item() * len(rows)
             targets = batch["reading_answers"].unflatten(1, questions.shape[1:] + (-1,))
             hit = (predicted.view_as(targets) == targets).all(-1).cpu()
-            for kind, value in zip(data.kinds[rows[:, None], questions].flatten().tolist(), hit.flatten().tolist(), strict=True):
+            for kind, value in zip(
+                data.kinds[rows[:, None], questions].flatten().tolist(), hit.flatten().tolist(), strict=True
+            ):
                 right[data.kind_names[kind]][0] += value
                 right[data.kind_names[kind]][1] += 1
         figures = {name: round(value / len(data), 4) for name, value in sums.items()}

@@ -11,7 +11,6 @@ import logging
 import multiprocessing
 import os
 import random
-import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from armm.data.scenes import QA, VOCABULARY, Scenes, caption, describe_prompt, language, questions
+from armm.data.scenes import QA, VOCABULARY, Scenes, caption, describe_prompt, questions
 from armm.training.images import to_pixels
 from pipelines.text import SPECIAL_TOKENS, WordTokenizer
 from tokenizers_visual.vq_tokenizer import VQTokenizer
@@ -101,7 +100,7 @@ def _write_captions(
 ) -> list[list[int]]:
     """Full prompts and free captions in turn; one longer than `limit` words is drawn anew."""
     written: list[list[int]] = []
-    for attempt in range(50 * number):
+    for _ in range(50 * number):
         write = describe_prompt if len(written) % 2 == 0 else caption
         ids = words.encode_batch([write(scenes, index, rng).text])[0]
         if len(ids) <= limit:
@@ -140,18 +139,22 @@ def merge_texts(parts: list[dict[str, Any]], pad: int) -> dict[str, Any]:
         part["kinds"] = lookup[part["kinds"].long()]
         missing = length - part["questions"].shape[-1]
         part["questions"] = torch.nn.functional.pad(part["questions"], (0, missing), value=pad)
-    joined = {name: torch.cat([part[name] for part in parts]) for name in ("captions", "questions", "answer_starts", "kinds")}
+    joined = {
+        name: torch.cat([part[name] for part in parts]) for name in ("captions", "questions", "answer_starts", "kinds")
+    }
     return {**joined, "kind_names": names}
 
 
 def prepare_texts(scenes: Scenes, settings: dict[str, Any], vocabulary: list[str], cache: Path) -> dict[str, Any]:
     """`write_texts` over all scenes, in parallel where there are many, kept in `cache`."""
-    sources = [Path(module.__file__).read_bytes() for module in (language, sys.modules[__name__])]
-    key = {**settings, "vocabulary": vocabulary, "scenes": _digest(*scenes.tensors().values()), "code": _digest(*sources)}
+    write = partial(write_texts, vocabulary=vocabulary, **settings)
+    # Keyed by what is written, so that a change of the language is noticed: the first scenes stand for all.
+    probe = write(scenes[:16])
+    probe = _digest(*(probe[name] for name in ("captions", "questions")))
+    key = {**settings, "vocabulary": vocabulary, "scenes": _digest(*scenes.tensors().values()), "texts": probe}
     path = cache / f"texts-{_digest(json.dumps(key, sort_keys=True))}.pt"
     if path.is_file():
         return torch.load(path, weights_only=True)
-    write = partial(write_texts, vocabulary=vocabulary, **settings)
     pad = vocabulary.index(SPECIAL_TOKENS[0])
     if len(scenes) < _PARALLEL_FROM:
         texts = write(scenes)
@@ -173,7 +176,9 @@ def prepare_codes(images: Tensor, tokenizer: VQTokenizer, device: torch.device, 
     if path.is_file():
         return torch.load(path, weights_only=True)
     tokenizer = tokenizer.to(device).eval()
-    codes = torch.cat([tokenizer.encode(to_pixels(chunk.to(device))).ids.to("cpu", torch.int16) for chunk in images.split(128)])
+    codes = torch.cat(
+        [tokenizer.encode(to_pixels(chunk.to(device))).ids.to("cpu", torch.int16) for chunk in images.split(128)]
+    )
     _save(codes, path)
     return codes
 
