@@ -136,7 +136,7 @@ def w(tmp_path_factory):
     torch.save({"model": {**state, "norm.weight": torch.zeros(3)}}, world.files["shape"])
     world.files["text"].write_text("not a checkpoint")
     world.files["pickle"] = root / "plain.pkl"
-    world.files["pickle"].write_bytes(pickle.dumps({"model": Harmful(world.out / "owned")}))
+    world.files["pickle"].write_bytes(pickle.dumps({"model": Harmful(world.out / "owned")}, protocol=2))
     world.c2i_file, world.vq_file = PARITY / "c2i" / "checkpoint.pt", PARITY / "tokenizer" / "checkpoint.pt"
 
     world.recipe = root / "recipe.yaml"

@@ -117,10 +117,16 @@ def resolve_dtype(name: str | None, device: torch.device) -> torch.dtype:
 
 def load_pipeline(model: str, args: argparse.Namespace) -> Any:
     """The pipeline of a task, zoo name, hub id or folder, on the device and in the dtype that `args` names."""
+    from diffusers.utils import logging
+
     import armm
 
     device = resolve_device(args.device)
-    pipe = armm.pipeline(model, dtype=resolve_dtype(args.dtype, device)).to(device)
+    logging.disable_progress_bar()  # loading takes a moment; what the bars of a call show is worth seeing
+    try:
+        pipe = armm.pipeline(model, dtype=resolve_dtype(args.dtype, device)).to(device)
+    finally:
+        logging.enable_progress_bar()
     pipe.set_progress_bar_config(disable=args.quiet, leave=False)
     return pipe
 
