@@ -15,7 +15,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 _FILE = re.compile(r"/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<file>.+)")
-_API = re.compile(r"/api/models/(?P<repo>[^/]+/[^/]+)(?:/(?P<what>revision|tree)/(?P<revision>[^/]+).*)?")
+_API = re.compile(r"/api/models/(?P<repo>[^/]+/[^/]+)(?:/(?P<what>revision|tree)/(?P<revision>[^/]+)/?(?P<path>.*))?")
 
 
 class HubServer:
@@ -87,7 +87,7 @@ class HubServer:
         elif file:
             self._send_file(request, repo, file["file"], body)
         else:
-            self._send_api(request, repo, api["what"], body)
+            self._send_api(request, repo, api["what"], api["path"] or "", body)
 
     def _send_file(self, request: BaseHTTPRequestHandler, repo: str, name: str, body: bool) -> None:
         path = self.root / repo / name
@@ -112,9 +112,13 @@ class HubServer:
         cut = path.name in self.truncated
         self._send(request, 206 if asked else 200, content, headers, body, cut=cut)
 
-    def _send_api(self, request: BaseHTTPRequestHandler, repo: str, what: str | None, body: bool) -> None:
+    def _send_api(self, request: BaseHTTPRequestHandler, repo: str, what: str | None, path: str, body: bool) -> None:
         folder = self.root / repo
         files = self._files(folder)
+        if what == "tree" and path:  # none of the served repositories has the folders that clients look for
+            headers = {"X-Error-Code": "EntryNotFound", "X-Error-Message": "Entry not found"}
+            self._send(request, 404, b"", headers, body)
+            return
         if what == "tree":
             answer = [
                 {

@@ -12,6 +12,7 @@ import huggingface_hub.constants
 import pytest
 import torch
 from hub_server import HubServer
+from tiny_llamagen import text_encoder
 
 import armm
 from armm import zoo
@@ -191,6 +192,23 @@ def test_pipelines_load_from_a_hub_id(hub, repository, tmp_path):
     assert torch.equal(generate(offline), images)
     with pytest.raises(DownloadError, match="no repository"):
         armm.pipeline("FoundationVision/nothing")
+
+
+def test_a_text_model_brings_its_text_encoder(hub, repository, tmp_path):
+    served = repository.parents[1]
+    for name, case in (("t2i_XL_stage1_256.pt", "t2i"), ("vq_ds16_t2i.pt", "tokenizer")):
+        (served / "peizesun" / "llamagen_t2i").mkdir(parents=True, exist_ok=True)
+        content = (CASES / case / "checkpoint.pt").read_bytes()
+        (served / "peizesun" / "llamagen_t2i" / name).write_bytes(content)
+    for component in text_encoder().values():  # a tiny one, under the name of the real one
+        component.save_pretrained(served / "google" / "flan-t5-xl")
+    pipe = armm.pipeline("llamagen-t2i-xl-256", config={"n_head": 4, "block_size": 16})
+    pipe.set_progress_bar_config(disable=True)
+    images = pipe("a red cube", generator=torch.Generator().manual_seed(0), output_type="pt").images
+    assert images.shape == (1, 3, 16, 16)
+    assert pipe.generation_config["guidance_scale"] == 7.5 and pipe.generation_config["top_k"] == 1000
+    (converted,) = (tmp_path / "armm" / "converted").iterdir()
+    assert not (converted / "text_encoder").exists()  # not copied: it stays in the hub's cache
 
 
 def test_a_fresh_process_follows_hf_endpoint(repository, tmp_path):
