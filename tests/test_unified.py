@@ -261,6 +261,17 @@ def test_a_seed_names_an_image_alone_and_in_a_batch(draw):
     assert torch.allclose(pixels[1], single[0], atol=1e-4)
 
 
+def test_a_seed_names_an_image_with_one_or_two_threads(draw):
+    threads, images = torch.get_num_threads(), []
+    try:
+        for number in (1, 2):
+            torch.set_num_threads(number)
+            images.append(draw(PROMPTS, generator=generators(1, 2, 3), output_type="latent").images)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(*images)
+
+
 def test_several_images_of_a_prompt(draw):
     images = draw(PROMPTS[:2], num_images_per_prompt=2, generator=generators(1, 2, 3, 4), output_type="latent").images
     assert torch.equal(images[3], draw(PROMPTS[1], generator=generators(4), output_type="latent").images[0])
