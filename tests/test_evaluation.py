@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torchmetrics.functional.image import structural_similarity_index_measure
 
 from armm import evaluation
 from armm.data.scenes import COLORS, LIGHTS, SHAPES, project, render, sample_scenes
@@ -19,7 +20,7 @@ from armm.evaluation.metrics import frechet_distance_of_gaussians, gaussian_stat
 from armm.evaluation.reading import ATTRIBUTES, Tally, compare, match, perfect_detections, plane_positions
 from armm.evaluation.recogniser import OBJECT_ATTRIBUTES, RecogniserMaps, SceneReading, SceneRecogniser, decode, fit
 from armm.evaluation.text_to_image import heldout_prompts, judge_prompts
-from armm.training import Recipe, run
+from armm.training import Recipe, build_task, run
 from armm.training.recipe import OptimizerRecipe
 from armm.training.tasks.recogniser import augment, recogniser_terms, scene_targets
 from tokenizers_visual.vq_tokenizer import VQTokenizer
@@ -79,11 +80,10 @@ def test_ssim_equals_the_definition_and_torchmetrics():
     assert ours.tolist() == pytest.approx([naive_ssim(a, b, 2.0) for a, b in zip(x, y, strict=True)], abs=1e-9)
     assert ssim(x, x).tolist() == pytest.approx([1.0, 1.0])
     assert 0 < ours.max() < 1
-    from torchmetrics.functional.image import structural_similarity_index_measure
-
-    theirs = structural_similarity_index_measure(x.double(), y.double(), data_range=2.0, reduction="none")
-    # torchmetrics crops one window's border off a padded map, which leaves the same places.
-    assert ours.tolist() == pytest.approx(theirs.tolist(), abs=1e-6)
+    # torchmetrics maps a padded picture; ours are the places where the window needs no padding.
+    _, padded = structural_similarity_index_measure(x.double(), y.double(), data_range=2.0, return_full_image=True)
+    theirs = padded[..., 5:-5, 5:-5].flatten(1).mean(1)
+    assert ours.tolist() == pytest.approx(theirs.tolist(), abs=1e-9)
 
 
 def test_metrics_refuse_what_they_cannot_compare():
@@ -330,7 +330,7 @@ def test_the_recogniser_learns_from_its_recipe(tmp_path):
     assert len(list((tmp_path / "run" / "samples").glob("*.png"))) == 1
     assert common.load_recogniser(export).config.neck_width == TINY["neck_width"]
     with pytest.raises(ValueError, match="did you mean noise"):
-        run(Recipe(task="recogniser", output=str(tmp_path / "other"), steps=1, data={"nois": 1}))
+        build_task(Recipe(task="recogniser", output=str(tmp_path / "other"), steps=1, data={"nois": 1}))
 
 
 # --- evaluations -----------------------------------------------------------------------------------------------------
@@ -402,7 +402,7 @@ def test_text_to_image_evaluation_of_a_faultless_model(monkeypatch):
     assert set(result["attribute_accuracy"].values()) == {1.0}
     assert set(result["recogniser_accuracy"]) == set(ATTRIBUTES)
     assert set(result["recogniser_accuracy"].values()) == {1.0}
-    assert result["frechet_distance"] == pytest.approx(0.0, abs=1e-4) < result["frechet_distance_of_renders"]
+    assert result["frechet_distance"] < 1e-4 < result["frechet_distance_of_renders"]
     assert result["prompts"] == 12 and result["seed"] == 5 and result["seconds"] >= 0
     assert pipe.seen == [caption.text for caption in heldout_prompts(scenes)]
 

@@ -39,7 +39,7 @@ def load_recogniser(recogniser: SceneRecogniser | str | Path | None = None) -> S
     if isinstance(recogniser, SceneRecogniser):
         return recogniser.eval()
     folder = weights.path(RECOGNISER_WEIGHTS) if recogniser is None else recogniser
-    return SceneRecogniser.from_pretrained(folder, torch_dtype=torch.float32).float().eval()
+    return SceneRecogniser.from_pretrained(folder, torch_dtype=torch.float32).eval()
 
 
 def rendered(scenes: Scenes, size: int = 64, batch_size: int = 128) -> Iterator[tuple[Tensor, Scenes]]:
@@ -62,6 +62,12 @@ def sample_generator(seed: int, index: int) -> torch.Generator:
 def to_pixels(images: Tensor) -> Tensor:
     """uint8 [B, 3, H, W] -> float32 in [-1, 1]."""
     return images.float() / 127.5 - 1
+
+
+def picture_size(pipe: Any) -> int:
+    """Side in pixels of the pictures that a pipeline's model was made for (64 where it does not say)."""
+    size = getattr(pipe, "image_size", 64)
+    return int(size[0] if isinstance(size, (tuple, list)) else size)
 
 
 def check_count(name: str, value: Any) -> None:

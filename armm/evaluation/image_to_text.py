@@ -14,7 +14,7 @@ from armm.data.scenes import Scenes, render
 from armm.data.scenes.language import QA, QUESTION_TYPES
 from armm.data.scenes.language import questions as scene_questions
 
-from .common import check_count, figures, fresh_scenes, load_pipeline, sample_generator
+from .common import check_count, figures, fresh_scenes, load_pipeline, picture_size, sample_generator
 from .metrics import share_with_error
 
 _BLOCK = 256
@@ -93,11 +93,6 @@ def score_answers(asked: list[QA], answers: list[str]) -> dict[str, Any]:
             kind: sum(right[kind]) / len(right[kind]) for kind in QUESTION_TYPES if kind in right
         },
     }
-
-
-def picture_size(pipe: Any) -> int:
-    """Side in pixels of the pictures that a pipeline's model was made for (64 where it does not say)."""
-    return int(getattr(pipe, "image_size", 64))
 
 
 def _plain(text: str) -> str:

@@ -10,8 +10,9 @@ import torch
 from tqdm.auto import tqdm
 
 from tokenizers_visual.base import VisualTokenizer
+from tokenizers_visual.vq_tokenizer import VQTokenizer
 
-from .common import check_count, figures, fresh_scenes, load_pipeline, load_recogniser, rendered
+from .common import check_count, figures, fresh_scenes, load_pipeline, load_recogniser, picture_size, rendered
 from .metrics import psnr, ssim
 from .reading import Tally, compare
 from .recogniser import SceneRecogniser
@@ -24,7 +25,7 @@ def reconstruction(
     batch_size: int = 32,
     progress: bool = True,
     recogniser: SceneRecogniser | str | Path | None = None,
-    size: int = 64,
+    size: int | None = None,
 ) -> dict[str, Any]:
     """Encodes and decodes real renders of held-out scenes.
 
@@ -35,7 +36,7 @@ def reconstruction(
         batch_size: pictures at once.
         progress: show a progress bar.
         recogniser: the judge of `read_back`; a folder, a `SceneRecogniser`, or None for the shipped one.
-        size: side of the pictures in pixels.
+        size: side of the pictures in pixels; None is what a pipeline's model was made for, or 64.
 
     Returns:
         Means over pictures of `psnr` (dB) and `ssim`, and `read_back`: the share of reconstructions of which the recogniser
@@ -45,7 +46,8 @@ def reconstruction(
     check_count("images", images)
     check_count("batch_size", batch_size)
     judge = load_recogniser(recogniser)
-    tokenizer = load_tokenizer(model)
+    tokenizer, own_size = load_tokenizer(model)
+    size = own_size if size is None else size
     device = next(tokenizer.parameters()).device
     scenes = fresh_scenes(images, seed + 2, "heldout")
     started = time.perf_counter()
@@ -75,12 +77,11 @@ def reconstruction(
     )
 
 
-def load_tokenizer(model: Any = None) -> VisualTokenizer:
-    """A visual tokenizer: the one given, a pipeline's, or that of a folder (of a tokenizer or of a pipeline)."""
+def load_tokenizer(model: Any = None) -> tuple[VisualTokenizer, int]:
+    """A visual tokenizer (the one given, a pipeline's, or that of a folder of either) and the size of its pictures."""
     if isinstance(model, VisualTokenizer):
-        return model.eval()
+        return model.eval(), 64
     if isinstance(model, (str, Path)) and (Path(model) / "config.json").is_file():
-        from tokenizers_visual.vq_tokenizer import VQTokenizer
-
-        return VQTokenizer.from_pretrained(model, torch_dtype=torch.float32).eval()
-    return load_pipeline("text-to-image", model).tokenizer.eval()
+        return VQTokenizer.from_pretrained(model, torch_dtype=torch.float32).eval(), 64
+    pipe = load_pipeline("text-to-image", model)
+    return pipe.tokenizer.eval(), picture_size(pipe)

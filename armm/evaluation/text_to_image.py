@@ -15,7 +15,16 @@ from tqdm.auto import tqdm
 from armm.data.scenes import Scenes
 from armm.data.scenes.language import Caption, check_facts, describe_prompt
 
-from .common import check_count, figures, fresh_scenes, load_pipeline, load_recogniser, rendered, sample_generator
+from .common import (
+    check_count,
+    figures,
+    fresh_scenes,
+    load_pipeline,
+    load_recogniser,
+    picture_size,
+    rendered,
+    sample_generator,
+)
 from .metrics import frechet_distance, share_with_error
 from .reading import ATTRIBUTES, tally
 from .recogniser import SceneReading, SceneRecogniser
@@ -67,6 +76,7 @@ def text_to_image(
     pipe = load_pipeline("text-to-image", model)
     scenes = fresh_scenes(prompts, seed, "heldout")
     captions = heldout_prompts(scenes)
+    size = picture_size(pipe)
 
     started = time.perf_counter()
     readings: list[SceneReading] = []
@@ -89,7 +99,7 @@ def text_to_image(
         for count in (1, 2, 3)
         if (marks := [good for good, n in zip(score.whole, scenes.count.tolist(), strict=True) if n == count])
     }
-    real = tally(judge, rendered(fresh_scenes(REAL_RENDERS, seed, "all"))).accuracy()
+    real = tally(judge, rendered(fresh_scenes(REAL_RENDERS, seed, "all"), size)).accuracy()
     result: dict[str, Any] = {
         "prompt_accuracy": accuracy,
         "prompt_accuracy_standard_error": error,
@@ -99,9 +109,9 @@ def text_to_image(
         "recogniser_scene_accuracy": real["whole"],
     }
     if prompts > 1:
-        own = torch.cat([judge.features(pixels).cpu() for pixels, _ in rendered(scenes)])
+        own = torch.cat([judge.features(pixels).cpu() for pixels, _ in rendered(scenes, size)])
         others = fresh_scenes(prompts, seed, "heldout", start=prompts)
-        other = torch.cat([judge.features(pixels).cpu() for pixels, _ in rendered(others)])
+        other = torch.cat([judge.features(pixels).cpu() for pixels, _ in rendered(others, size)])
         result["frechet_distance"] = frechet_distance(torch.cat(features), own)
         result["frechet_distance_of_renders"] = frechet_distance(other, own)
     result |= {

@@ -101,7 +101,8 @@ class RecogniserTask(TrainingTask):
     def export(self, directory: Path) -> None:
         recogniser = SceneRecogniser.from_config(self.recogniser.config)
         recogniser.load_state_dict(self.recogniser.state_dict())
-        recogniser.to(self.export_dtype).save_pretrained(directory)
+        torch.nn.Module.to(recogniser, self.export_dtype)  # all of it: nothing here must stay in float32
+        recogniser.save_pretrained(directory)
 
 
 def scene_targets(scenes: Scenes) -> Batch:
