@@ -12,7 +12,8 @@ from tiny_llamagen import class_pipeline, text_encoder, text_pipeline
 
 from pipelines.captions import clean_caption
 from pipelines.imagenet import class_index
-from pipelines.llamagen import LlamaGenPipeline, align_right
+from pipelines.llamagen import LlamaGenPipeline
+from pipelines.t5 import align_right
 from tokenizers_visual import Codes
 
 CLASSES = [1, 7, 4]
