@@ -169,7 +169,7 @@ def test_a_file_that_is_truncated_on_the_hub_is_refused(hub, repository, tmp_pat
 
 
 def test_single_files_come_from_links_and_short_names(hub):
-    link = f"https://huggingface.co/{REPO}/blob/main/{MODEL}"
+    link = f"https://hub.example.org/{REPO}/blob/main/{MODEL}"
     pipe = armm.LlamaGenPipeline.from_single_file(link, tokenizer=f"{REPO}/{TOKENIZER}", config=CONFIG)
     assert pipe.transformer.grid == (5, 5) and hub.downloads(MODEL) == 1
     for bad, match in (
