@@ -149,8 +149,8 @@ def prepare_texts(scenes: Scenes, settings: dict[str, Any], vocabulary: list[str
     """`write_texts` over all scenes, in parallel where there are many, kept in `cache`."""
     write = partial(write_texts, vocabulary=vocabulary, **settings)
     # Keyed by what is written, so that a change of the language is noticed: the first scenes stand for all.
-    probe = write(scenes[:16])
-    probe = _digest(*(probe[name] for name in ("captions", "questions")))
+    first = write(scenes[:16])
+    probe = _digest(*(first[name] for name in ("captions", "questions")))
     key = {**settings, "vocabulary": vocabulary, "scenes": _digest(*scenes.tensors().values()), "texts": probe}
     path = cache / f"texts-{_digest(json.dumps(key, sort_keys=True))}.pt"
     if path.is_file():
