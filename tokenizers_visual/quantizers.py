@@ -107,6 +107,13 @@ class MovingAverageCodebook(nn.Module):
         self.started.fill_(True)
 
     @torch.no_grad()
+    def adopt(self, quantizer: VectorQuantizer) -> None:
+        """Starts from the codebook as it is, to continue the training of a tokenizer."""
+        self.usage.fill_(1.0)
+        self.sums.copy_(quantizer.normalize(quantizer.embedding.weight))
+        self.started.fill_(True)
+
+    @torch.no_grad()
     def update(self, quantizer: VectorQuantizer, vectors: torch.Tensor, ids: torch.Tensor, *, restart: bool) -> int:
         """One step from `vectors` `[M, C]` (normalised) and their `ids` `[M]`; returns how many codes were restarted."""
         size = quantizer.codebook_size

@@ -21,11 +21,13 @@ from .discriminator import PatchDiscriminator, hinge_discriminator_loss
 class VQTokenizerTask(TrainingTask):
     """Recipe mappings:
 
-    model: arguments of `VQTokenizer`, and `compile: bool`.
+    model: arguments of `VQTokenizer`; or `start`: the directory of a trained one to continue from.
     data: scenes (how many are rendered once), size (pixels), seed, validation (scenes).
     loss: weights `l1`, `l2`, `gradient` (L1 of image gradients at three scales, a perceptual-style term that keeps edges),
         `commitment`, `adversarial` (hinge PatchGAN, Esser et al., from fraction `adversarial_start` on); `object`: extra weight
         of the pixels on and around objects from fraction `object_start` on, so that flat ground does not crowd out shapes;
+        `flat`: pulls the features of all patches of one constant color to one code, so that flat ground costs one code and
+        carries no noise that a transformer would have to learn;
         `codebook_decay`, and `restart_until`: the fraction of the run in which dead codes are restarted.
     """
 
@@ -43,11 +45,19 @@ class VQTokenizerTask(TrainingTask):
             adversarial_start=0.5,
             object=0.0,
             object_start=0.0,
+            flat=0.0,
             codebook_decay=0.98,
             restart_until=0.6,
         )
-        self.tokenizer = VQTokenizer(**recipe.model).to(memory_format=torch.channels_last)
+        if "start" in recipe.model:
+            take(recipe.model, "model", start=None)
+            tokenizer = VQTokenizer.from_pretrained(recipe.model["start"], dtype=torch.float32)
+        else:
+            tokenizer = VQTokenizer(**recipe.model)
+        self.tokenizer = tokenizer.to(memory_format=torch.channels_last)
         self.codebook = MovingAverageCodebook(self.tokenizer.quantizer, decay=self.weights["codebook_decay"])
+        if "start" in recipe.model:
+            self.codebook.adopt(self.tokenizer.quantizer)
         self.module = nn.ModuleDict({"tokenizer": self.tokenizer, "codebook": self.codebook})
         if self.weights["adversarial"] > 0:
             self.adversary = PatchDiscriminator()
@@ -104,12 +114,18 @@ class VQTokenizerTask(TrainingTask):
         squared = (difference.square() * emphasis).mean()
         loss = weights["l1"] * l1 + weights["l2"] * squared + weights["gradient"] * gradient
         loss = loss + weights["commitment"] * quantized.commitment_loss
+        flat = pixels.new_zeros(())
+        if weights["flat"] > 0:
+            normalized = tokenizer.quantizer.normalize(vectors)
+            flat = flat_loss(normalized, pixels, tokenizer.downsample)
+            loss = loss + weights["flat"] * flat
         usage = torch.bincount(self._ids, minlength=tokenizer.codebook_size).float()
         share = usage / usage.sum()
         logs = {
             "l1": l1.detach(),
             "psnr": -10.0 * torch.log10(l2.detach() / 4.0),
             "commitment": quantized.commitment_loss.detach(),
+            "flat": flat.detach(),
             "perplexity": (-(share * (share + 1e-10).log()).sum()).exp(),
             "used": (self.codebook.usage > 0.03 * self.codebook.usage.mean()).sum(),
         }
@@ -137,7 +153,13 @@ class VQTokenizerTask(TrainingTask):
             errors.append((restored - pixels).square().flatten(1).mean(1))
             ids.append(codes.ids)
         psnr = -10.0 * torch.log10(torch.cat(errors) / 4.0)
-        return {"psnr": round(psnr.mean().item(), 3), "codes_used": torch.cat(ids).unique().numel()}
+        all_ids = torch.cat(ids)
+        flat, _ = flat_patches(to_pixels(self.unseen.to(self.device)), self.tokenizer.downsample)
+        return {
+            "psnr": round(psnr.mean().item(), 3),
+            "codes_used": all_ids.unique().numel(),
+            "flat_codes_used": all_ids[flat].unique().numel(),
+        }
 
     def sample(self, path: Path) -> None:
         pixels = to_pixels(self.unseen[:16].to(self.device))
@@ -162,3 +184,22 @@ def gradient_loss(difference: torch.Tensor, scales: int = 3) -> torch.Tensor:
             difference = F.avg_pool2d(difference, 2)
         total = total + difference.diff(dim=-1).abs().mean() + difference.diff(dim=-2).abs().mean()
     return total / scales
+
+
+def flat_patches(pixels: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which patches `size` x `size` of pixels `[B, 3, H, W]` have one constant color: bool `[B, N]` in raster order, and the mean
+    colors `[B, N, 3]` in steps of 1/255."""
+    patches = F.unfold(pixels, size, stride=size).unflatten(1, (pixels.shape[1], size * size))  # [B, 3, size^2, N]
+    flat = (patches.amax(2) - patches.amin(2)).amax(1) < 1.5 / 127.5
+    return flat, patches.mean(2).mul(127.5).round().transpose(1, 2)
+
+
+def flat_loss(vectors: torch.Tensor, pixels: torch.Tensor, size: int) -> torch.Tensor:
+    """Mean squared distance of the features `[B, N, C]` of constant patches to the mean feature of their color in the batch."""
+    flat, colors = flat_patches(pixels, size)
+    chosen = vectors[flat]
+    if len(chosen) == 0:
+        return vectors.new_zeros(())
+    groups, member = colors[flat].unique(dim=0, return_inverse=True)
+    centres = chosen.new_zeros(len(groups), chosen.shape[1]).index_reduce_(0, member, chosen.detach(), "mean", include_self=False)
+    return (chosen - centres[member]).square().sum(-1).mean()
