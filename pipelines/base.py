@@ -92,6 +92,7 @@ class ARPipeline(DiffusionPipeline):
         if kwargs.get("quantization_config") is None:
             loading.check_loaded_weights(pipe, folder, index, skip=set(kwargs), variant=kwargs.get("variant"))
         pipe.register_to_config(_name_or_path=name)
+        pipe.fuse_projections()
         return pipe
 
     @classmethod
@@ -117,7 +118,9 @@ class ARPipeline(DiffusionPipeline):
             kwargs.setdefault("dtype", kwargs.pop("torch_dtype"))
         loading.check_dtype(kwargs.get("dtype"))
         loader = importlib.import_module(cls.single_file_loader)
-        return cls(**loader.load_single_file(pretrained_model_link_or_path, **kwargs))
+        pipe = cls(**loader.load_single_file(pretrained_model_link_or_path, **kwargs))
+        pipe.fuse_projections()
+        return pipe
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """Writes `model_index.json` and one folder per component; on failure nothing is left behind.
@@ -128,6 +131,16 @@ class ARPipeline(DiffusionPipeline):
             kwargs.setdefault("repo_id", Path(save_directory).name)
         with loading.atomic_directory(save_directory) as temporary:
             super().save_pretrained(str(temporary), *args, **kwargs)
+
+    def fuse_projections(self) -> None:
+        """Merges the transformer's projections for faster decoding; done after loading. Names of parameters do not change."""
+        transformer = getattr(self, "transformer", None)
+        if transformer is not None and not transformer.training:
+            transformer.fuse_projections()
+
+    def unfuse_projections(self) -> None:
+        """Undoes `fuse_projections`; adapters, training and loading weights do so by themselves."""
+        self.transformer.unfuse_projections()
 
     # ------------------------------------------------------------------ settings
 

@@ -76,9 +76,7 @@ class UnifiedPipeline(ARPipeline):
         """As `ARPipeline.from_pretrained`; without `dtype` the weights are computed with in float32, however they are stored."""
         if kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None:
             kwargs["dtype"] = torch.float32
-        pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        pipe.transformer.fuse_projections()
-        return pipe
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     # ------------------------------------------------------------------ the model's sizes
 
