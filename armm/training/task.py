@@ -85,6 +85,23 @@ class TrainingTask(ABC):
         return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.recipe.export_dtype]
 
 
+def fresh_copy(model: nn.Module) -> nn.Module:
+    """A copy of a diffusers model without what its config says of where it was loaded from."""
+    config = {name: value for name, value in dict(model.config).items() if not name.startswith("_")}
+    copy = type(model)(**config)
+    copy.load_state_dict(model.state_dict())
+    return copy
+
+
+def cast_weights(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Casts floating-point weights in place, except in submodules that the module's class keeps in float32."""
+    kept = set(getattr(module, "_keep_in_fp32_modules", None) or ())
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if tensor.is_floating_point() and not kept & set(name.split(".")):
+            tensor.data = tensor.data.to(dtype)
+    return module
+
+
 def build_task(recipe: Recipe) -> TrainingTask:
     """The task that a recipe names."""
     if recipe.task not in TASKS:

@@ -13,7 +13,7 @@ from armm.evaluation.reading import tally
 from armm.evaluation.recogniser import OBJECT_ATTRIBUTES, RecogniserMaps, SceneRecogniser
 from armm.training.images import save_grid, to_pixels, to_uint8
 from armm.training.recipe import Recipe, take
-from armm.training.task import Batch, TrainingTask
+from armm.training.task import Batch, TrainingTask, fresh_copy
 from tokenizers_visual.vq_tokenizer import VQTokenizer
 
 
@@ -99,8 +99,7 @@ class RecogniserTask(TrainingTask):
         save_grid(torch.stack([pixels, marked], 1).flatten(0, 1), path, columns=8)
 
     def export(self, directory: Path) -> None:
-        recogniser = SceneRecogniser.from_config(self.recogniser.config)
-        recogniser.load_state_dict(self.recogniser.state_dict())
+        recogniser = fresh_copy(self.recogniser)
         torch.nn.Module.to(recogniser, self.export_dtype)  # all of it: nothing here must stay in float32
         recogniser.save_pretrained(directory)
 

@@ -23,7 +23,7 @@ from armm.data.scenes import SceneDataset
 from armm.decoding.next_token import NextTokenDecoding
 from armm.model import AutoregressiveModel
 from armm.training.recipe import Recipe, take
-from armm.training.task import Batch, TrainingTask
+from armm.training.task import Batch, TrainingTask, cast_weights, fresh_copy
 from pipelines.text import WordTokenizer
 from pipelines.unified_text_to_image import UnifiedTextToImagePipeline
 from tokenizers_visual.vq_tokenizer import VQTokenizer
@@ -284,8 +284,11 @@ class UnifiedTask(TrainingTask):
         save_captioned_grid(images, self.unseen_prompts, path)
 
     def export(self, directory: Path) -> None:
-        model = AutoregressiveModel.from_config(self.model.config)
-        model.load_state_dict(self.model.state_dict())
+        model = fresh_copy(self.model)
+        tokenizer = fresh_copy(self.tokenizer)
         pipe: Any = self.pipeline()
-        pipe.register_modules(transformer=model.to(self.export_dtype))
+        pipe.register_modules(
+            transformer=cast_weights(model, self.export_dtype),
+            tokenizer=cast_weights(tokenizer, torch.float16),  # as the tokenizer's own recipe ships it
+        )
         pipe.save_pretrained(directory)

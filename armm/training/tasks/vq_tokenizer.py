@@ -11,7 +11,7 @@ from torch import nn
 from armm.data.scenes import SceneDataset, object_map
 from armm.training.images import save_grid, to_pixels
 from armm.training.recipe import Recipe, take
-from armm.training.task import Batch, TrainingTask
+from armm.training.task import Batch, TrainingTask, cast_weights, fresh_copy
 from tokenizers_visual.quantizers import MovingAverageCodebook
 from tokenizers_visual.vq_tokenizer import VQTokenizer
 
@@ -168,12 +168,8 @@ class VQTokenizerTask(TrainingTask):
         save_grid(pairs, path, columns=8)
 
     def export(self, directory: Path) -> None:
-        tokenizer = VQTokenizer.from_config(self.tokenizer.config)
-        tokenizer.load_state_dict(self.tokenizer.state_dict())
-        quantizer = tokenizer.quantizer
-        tokenizer.to(self.export_dtype)
-        tokenizer.quantizer = quantizer.float()
-        tokenizer.save_pretrained(directory)
+        tokenizer = fresh_copy(self.tokenizer)
+        cast_weights(tokenizer, self.export_dtype).save_pretrained(directory)
 
 
 def gradient_loss(difference: torch.Tensor, scales: int = 3) -> torch.Tensor:
