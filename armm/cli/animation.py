@@ -50,6 +50,9 @@ def appearing_tokens(pipe: Any, codes: Any, size: int, *, quiet: bool = True) ->
     batch, count = ids.shape
     rows, columns = codes.grid[1:]
     order = torch.tensor(decode_order(pipe, count), device=ids.device)
+    cells = torch.arange(count, device=ids.device)
+    corners = torch.stack([cells // columns, cells % columns], dim=1).float()
+    distance = torch.cdist(corners, corners)
     per_frame = -(-count // MAX_FRAMES)
     known_counts = [*range(0, count, per_frame), count]
 
@@ -58,9 +61,9 @@ def appearing_tokens(pipe: Any, codes: Any, size: int, *, quiet: bool = True) ->
         for known in tqdm(known_counts, desc="animation", disable=quiet, leave=False):
             visible = torch.zeros(count, dtype=torch.bool, device=ids.device)
             visible[order[:known]] = True
-            # The decoder wants a code everywhere: cells to come repeat the newest one and are painted over.
-            newest = ids[:, order[max(known - 1, 0)]]
-            partial = torch.where(visible[None], ids, newest[:, None])
+            # The decoder wants a code everywhere: cells to come repeat the nearest one and are painted over.
+            nearest = distance.masked_fill(~visible[None], float("inf")).argmin(dim=1)
+            partial = ids[:, torch.where(visible, cells, nearest)]
             pixels = tokenizer.decode(Codes(ids=partial, grid=codes.grid)).float().clamp(-1, 1)
             tiles = [
                 paint(image, visible.view(rows, columns), size) for image in ((pixels + 1) * 127.5).round().byte().cpu()
