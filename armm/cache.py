@@ -12,7 +12,7 @@ class KVCache:
     Lengths are kept per layer, as plain integers. Nothing is copied to read: `append` returns views of what is visible.
     """
 
-    __slots__ = ("_layers", "buffer", "capacity", "lengths")
+    __slots__ = ("_slots", "_visible", "_window", "buffer", "capacity", "lengths")
 
     def __init__(self, buffer: Tensor) -> None:
         if buffer.dim() != 6 or buffer.shape[1] != 2:
@@ -25,7 +25,9 @@ class KVCache:
     def _set(self, buffer: Tensor) -> None:
         self.buffer = buffer
         self.capacity = buffer.shape[4]
-        self._layers = list(buffer.unbind(0))
+        self._window: tuple[int, int] | None = None
+        self._slots: tuple[Tensor, ...] = ()
+        self._visible: tuple[Tensor, ...] = ()
 
     @classmethod
     def allocate(
@@ -54,22 +56,19 @@ class KVCache:
 
         The last `discard` of the new positions are visible now, but will be overwritten by the next call.
         """
-        start, new = self._claim(layer, key.shape[2], discard)
-        store = self._layers[layer]
-        store[0].narrow(2, start, new).copy_(key)
-        store[1].narrow(2, start, new).copy_(value)
-        keys, values = store.narrow(3, 0, start + new).unbind(0)
+        slot, keys, values = self._claim(layer, key.shape[2], discard)
+        slot[0].copy_(key)
+        slot[1].copy_(value)
         return keys, values
 
     def append_packed(self, layer: int, keys_values: Tensor, discard: int = 0) -> tuple[Tensor, Tensor]:
         """`append` for keys and values stacked in one tensor [2, B, Hkv, N, d]."""
-        start, new = self._claim(layer, keys_values.shape[3], discard)
-        store = self._layers[layer]
-        store.narrow(3, start, new).copy_(keys_values)
-        keys, values = store.narrow(3, 0, start + new).unbind(0)
+        slot, keys, values = self._claim(layer, keys_values.shape[3], discard)
+        slot.copy_(keys_values)
         return keys, values
 
-    def _claim(self, layer: int, new: int, discard: int) -> tuple[int, int]:
+    def _claim(self, layer: int, new: int, discard: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Where to write `new` positions of a layer, and the keys and values visible once they are written."""
         start = self.lengths[layer]
         if start + new > self.capacity:
             raise ValueError(
@@ -79,7 +78,12 @@ class KVCache:
         if not 0 <= discard <= new:
             raise ValueError(f"discard must be between 0 and the {new} new positions, got {discard}")
         self.lengths[layer] = start + new - discard
-        return start, new
+        if self._window != (start, new):
+            # The layers mostly ask for the same window one after the other: make the views of all of them at once.
+            self._window = (start, new)
+            self._slots = self.buffer.narrow(4, start, new).unbind(0)
+            self._visible = self.buffer.narrow(4, 0, start + new).flatten(0, 1).unbind(0)
+        return self._slots[layer], self._visible[2 * layer], self._visible[2 * layer + 1]
 
     def crop(self, length: int, layer: int | None = None) -> None:
         """Forget every position from `length` on (of one layer, or of all)."""

@@ -13,7 +13,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from armm.cache import KVCache
-from armm.nn.attention import check_backend
+from armm.nn.attention import check_backend, current_backend
 from armm.nn.block import Block, BlockConfig
 from armm.nn.masks import additive_mask, merge_causal
 from armm.nn.mlp import GATED, gated_hidden
@@ -259,7 +259,7 @@ class ARTransformer(ModelMixin, ConfigMixin):
         if mask is not None:
             mask = additive_mask(mask, low_precision_dtype(x))
         condition = modulation if self.shared_modulation is None else self.shared_modulation(modulation)
-        backend = self._attention_backend
+        backend = self._attention_backend or current_backend()
         checkpointing = self.gradient_checkpointing and torch.is_grad_enabled() and cache is None
 
         tapped: dict[int, Tensor] = {}

@@ -223,7 +223,12 @@ def test_fused_linear_equals_its_parts_for_every_row_count():
         for rows in (1, 2, 3, 4, 7, 16, 33):
             x = torch.randn(rows, 24)
             parts = torch.cat([torch.nn.functional.linear(x, w, b) for w, b in before], dim=-1)
-            torch.testing.assert_close(fused(x), parts, atol=1e-5, rtol=1e-4)
+            for out in (fused(x), fused.rows(x), fused.rows(x, pack=True)):
+                torch.testing.assert_close(out, parts, atol=1e-5, rtol=1e-4)
+            residual = torch.randn(rows, 32)
+            for pack in (False, True):
+                added = fused.add_rows(residual.clone(), x, pack, inplace=pack)
+                torch.testing.assert_close(added, residual + parts, atol=1e-5, rtol=1e-4)
     for layer, (weight, _) in zip(layers, before, strict=True):
         assert torch.equal(layer.weight, weight)
         assert layer.weight.untyped_storage().data_ptr() == fused.weight.untyped_storage().data_ptr()
@@ -234,7 +239,8 @@ def test_fused_linear_rows_do_not_depend_on_other_rows():
     x = torch.randn(8, 32)
     y = torch.cat([x[:4], torch.randn(4, 32) * 1e6])
     with torch.no_grad():
-        torch.testing.assert_close(fused(x)[:4], fused(y)[:4], atol=0, rtol=0)
+        for pack in (False, True):
+            torch.testing.assert_close(fused.rows(x, pack)[:4], fused.rows(y, pack)[:4], atol=0, rtol=0)
 
 
 # Block
@@ -295,4 +301,4 @@ def test_label_embedding_null_row():
 
 def test_caption_embedding_null_goes_through_the_same_layers():
     embedding = armm_nn.CaptionEmbedding(6, 8, 3)
-    assert torch.equal(embedding.null(2), embedding(embedding.null_embedding.expand(2, -1, -1)))
+    torch.testing.assert_close(embedding.null(2), embedding(embedding.null_embedding.expand(2, -1, -1)))

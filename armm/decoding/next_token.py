@@ -93,7 +93,7 @@ class NextTokenDecoding(SchedulerMixin, ConfigMixin):
             if guided and not guidance.covers(step):
                 guided = False  # for good: the null rows are not needed any more
                 stream.narrow(batch)
-            hidden = stream.prefill() if step == 0 else stream.feed(_twice(token, guided) + low, step - 1)
+            hidden = stream.prefill() if step == 0 else stream.feed(_fed(token, low, guided), step - 1)
             logits = model.logits(hidden, low=low, high=high)
             if guided:
                 logits = guidance.combine(logits, step, steps)
@@ -102,7 +102,7 @@ class NextTokenDecoding(SchedulerMixin, ConfigMixin):
             token = sampler(logits, noise.draw(step) if sampler.do_sample else None)
             if known_ids is not None:
                 token = torch.where(known_mask[:, step], known_ids[:, step], token)
-            ids[:, step] = token
+            ids.select(1, step).copy_(token)
             done = step + 1
             if callback is not None:
                 replacement = callback(step, ids[:, :done])
@@ -112,7 +112,9 @@ class NextTokenDecoding(SchedulerMixin, ConfigMixin):
         return DecodingOutput(ids, logits_kept, stream.num_calls, done)
 
 
-def _twice(token: Tensor, guided: bool) -> Tensor:
+def _fed(token: Tensor, low: int, guided: bool) -> Tensor:
+    if low:
+        token = token + low
     return torch.cat([token, token]) if guided else token
 
 

@@ -25,7 +25,9 @@ class CategoricalHead(nn.Module):
                 f"low, high must select rows of the vocabulary (0 .. {self.vocab_size}), got {low}, {high}"
             )
         if self._fused is not None and not torch.is_grad_enabled():
-            return self._fused_rows(low, high)(hidden).float()
+            fused = self._fused_rows(low, high)
+            # [R, D] comes from a decoder, again and again with the same R
+            return (fused.rows(hidden, pack=True) if hidden.dim() == 2 else fused(hidden)).float()
         if high - low == self.vocab_size:
             return self.projection(hidden).float()
         if not is_plain(self.projection):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,7 @@ from armm.nn.attention import attention
 from armm.nn.linear import FusedLinear, is_plain, separate
 from armm.nn.mlp import GatedMLP, build_mlp
 from armm.nn.modulation import NAMES, BlockModulation, modulate
-from armm.nn.norms import RMSNorm, build_norm, rms_norm
+from armm.nn.norms import FastRMSNorm, RMSNorm, build_norm, rms_norm
 from armm.nn.rotary import apply_rotary
 
 if TYPE_CHECKING:
@@ -111,6 +112,7 @@ class FusedBlock:
         self.attention = att
         self.heads, self.kv_heads, self.head_dim = att.heads, att.kv_heads, att.head_dim
         self.plain = att.qk_norm is None
+        self.grouped = att.heads != att.kv_heads
         self.scale = att.scale
         self.qkv = FusedLinear.merge([att.to_q, att.to_k, att.to_v])
         self.out = FusedLinear.merge([att.to_out])
@@ -118,52 +120,69 @@ class FusedBlock:
         self.up = FusedLinear.merge([mlp.gate, mlp.up] if self.gated else [mlp.fc1])
         self.down = FusedLinear.merge([mlp.down if self.gated else mlp.fc2])
         self.activation = mlp.activation
-        self.inplace_silu = self.gated and mlp.activation is F.silu
-        self.norms = [block.attention_norm, block.mlp_norm]
-        self.rms = all(isinstance(norm, RMSNorm) for norm in self.norms)
-        self.norm_weights = [norm.weight for norm in self.norms]
-        self.eps = block.attention_norm.eps
+        self.silu = self.gated and mlp.activation is F.silu
+        self.attention_norm, self.mlp_norm = _fast_norm(block.attention_norm), _fast_norm(block.mlp_norm)
 
-    def norm(self, index: int, x: Tensor) -> Tensor:
-        if self.rms:
-            return rms_norm(x, self.norm_weights[index], self.eps)
-        return self.norms[index](x)
-
-    def attend(self, x, rotary, mask, causal, cache, layer, discard, backend) -> Tensor:
-        batch, length = x.shape[0], x.shape[1]
+    def split(self, qkv: Tensor, batch: int, length: int, rotary: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Merged projections [B * N, (H + 2 Hkv) d] -> queries [B, H, N, d], keys and values [2, B, Hkv, N, d]."""
         heads, kv_heads, size = self.heads, self.kv_heads, self.head_dim
-        qkv = self.qkv(x).view(batch, length, heads + 2 * kv_heads, size)
-        if self.plain and rotary is not None and rotary.is_complex() and qkv.dtype == torch.float32:
-            # queries and keys are neighbours in memory: one complex product in place turns both
-            pairs = torch.view_as_complex(qkv.view(batch, length, -1, size // 2, 2))
-            pairs.narrow(2, 0, heads + kv_heads).mul_(rotary)
-            query, keys_values = qkv.narrow(2, 0, heads), qkv.narrow(2, heads, 2 * kv_heads)
-        else:
-            query, key, value = qkv.split([heads, kv_heads, kv_heads], dim=2)
-            query, key = self.attention.normalize(query, key)
+        width = (heads + 2 * kv_heads) * size
+        if self.plain and (rotary is None or (rotary.is_complex() and qkv.dtype == torch.float32)):
+            # All are views of the one tensor; queries and keys are neighbours, so one product in place turns both.
+            row = length * width
             if rotary is not None:
-                query, key = apply_rotary(query, rotary), apply_rotary(key, rotary)
-            keys_values = torch.cat([key, value], dim=2)
-        keys_values = keys_values.unflatten(2, (2, kv_heads)).permute(2, 0, 3, 1, 4)  # [2, B, Hkv, N, d]
-        query = query.transpose(1, 2)
+                pairs = qkv.as_strided((batch, length, heads + kv_heads, size // 2, 2), (row, width, size, 2, 1))
+                torch.view_as_complex(pairs).mul_(rotary)
+            query = qkv.as_strided((batch, heads, length, size), (row, size, width, 1))
+            shape, strides = (2, batch, kv_heads, length, size), (kv_heads * size, row, size, width, 1)
+            return query, qkv.as_strided(shape, strides, qkv.storage_offset() + heads * size)
+        query, key, value = qkv.view(batch, length, -1, size).split([heads, kv_heads, kv_heads], dim=2)
+        query, key = self.attention.normalize(query, key)
+        if rotary is not None:
+            query, key = apply_rotary(query, rotary), apply_rotary(key, rotary)
+        return query.transpose(1, 2), torch.stack([key, value]).transpose(2, 3)
+
+    def __call__(
+        self,
+        x: Tensor,
+        rotary: Tensor | None,
+        mask: Tensor | None,
+        causal: bool,
+        cache: KVCache | None,
+        layer: int,
+        discard: int,
+        backend: str | None,
+    ) -> Tensor:
+        batch, length, dim = x.shape
+        x = x.reshape(batch * length, dim)
+        step = length == 1
+        query, keys_values = self.split(self.qkv.rows(self.attention_norm(x), step), batch, length, rotary)
         if cache is None:
             key, value = keys_values.unbind(0)
         else:
             key, value = cache.append_packed(layer, keys_values, discard)
-        out = attention(query, key, value, mask=mask, causal=causal, scale=self.scale, backend=backend)
-        return self.out(out.transpose(1, 2).reshape(batch, length, -1))
+        if backend == "sdpa" and not causal and not self.grouped:
+            out = F.scaled_dot_product_attention(query, key, value, mask, scale=self.scale)
+        else:
+            out = attention(query, key, value, mask=mask, causal=causal, scale=self.scale, backend=backend)
+        x = self.out.add_rows(x, (out if step else out.transpose(1, 2)).reshape(batch * length, -1), step)
 
-    def feed_forward(self, x: Tensor) -> Tensor:
-        hidden = self.up(x)
-        if not self.gated:
-            return self.down(self.activation(hidden))
-        gate, up = hidden.chunk(2, dim=-1)
-        gate = F.silu(gate, inplace=True) if self.inplace_silu else self.activation(gate)
-        return self.down(gate * up)
+        hidden = self.up.rows(self.mlp_norm(x), step)
+        if self.gated:
+            gate, hidden = hidden.chunk(2, dim=-1)
+            hidden = (F.silu(gate) if self.silu else self.activation(gate)).mul_(hidden)
+        else:
+            hidden = self.activation(hidden)
+        return self.down.add_rows(x, hidden, step, inplace=True).view(batch, length, dim)
 
-    def __call__(self, x, rotary, mask, causal, cache, layer, discard, backend) -> Tensor:
-        x = x + self.attend(self.norm(0, x), rotary, mask, causal, cache, layer, discard, backend)
-        return x + self.feed_forward(self.norm(1, x))
+
+def _fast_norm(norm: nn.Module) -> Callable[[Tensor], Tensor]:
+    if isinstance(norm, RMSNorm):
+        weight = norm.weight
+        if weight is not None and weight.device.type == "cpu" and weight.dtype == torch.float32:
+            return FastRMSNorm(norm)
+        return lambda x: rms_norm(x, norm.weight, norm.eps)
+    return norm
 
 
 class Block(nn.Module):

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 PACKED_ROWS = range(4, 33)
@@ -42,11 +41,12 @@ def _can_pack(weight: Tensor) -> bool:
 class FusedLinear:
     """y = x @ W.T + b for the merged rows of several plain linears. Call only without gradients."""
 
-    __slots__ = ("weight", "bias", "_packed", "_packable")
+    __slots__ = ("weight", "bias", "_transposed", "_packed", "_packable")
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.weight = weight.detach()
         self.bias = None if bias is None else bias.detach()
+        self._transposed = self.weight.t()
         self._packable = _can_pack(self.weight)
         self._packed: dict[int, Tensor] = {}
 
@@ -69,13 +69,35 @@ class FusedLinear:
         return cls(weight, bias)
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self._packable:
-            rows = x.numel() // x.shape[-1]
-            if rows in PACKED_ROWS and x.dtype == torch.float32 and not torch.compiler.is_compiling():
-                return self._packed_linear(x, rows)
-        return F.linear(x, self.weight, self.bias)
+        """Any leading shape: [..., in] -> [..., out]."""
+        return self.rows(x.reshape(-1, x.shape[-1])).unflatten(0, x.shape[:-1])
 
-    def _packed_linear(self, x: Tensor, rows: int) -> Tensor:
+    def rows(self, x: Tensor, pack: bool = False) -> Tensor:
+        """[R, in] -> [R, out]. `pack`: this row count comes many times, so packing the weight for it pays."""
+        if pack and self._use_packed(x):
+            return self._packed_linear(x)
+        if self.bias is None:
+            return torch.mm(x, self._transposed)
+        return torch.addmm(self.bias, x, self._transposed)
+
+    def add_rows(self, residual: Tensor, x: Tensor, pack: bool = False, inplace: bool = False) -> Tensor:
+        """residual [R, out] + rows(x), in one product where that is possible."""
+        if pack and self._use_packed(x):
+            product = self._packed_linear(x)
+            return residual.add_(product) if inplace else product.add_(residual)
+        out = residual.addmm_(x, self._transposed) if inplace else torch.addmm(residual, x, self._transposed)
+        return out if self.bias is None else out.add_(self.bias)
+
+    def _use_packed(self, x: Tensor) -> bool:
+        return (
+            self._packable
+            and x.shape[0] in PACKED_ROWS
+            and x.dtype == torch.float32
+            and not torch.compiler.is_compiling()
+        )
+
+    def _packed_linear(self, x: Tensor) -> Tensor:
+        rows = x.shape[0]
         packed = self._packed.get(rows)
         if packed is None:
             self._packed.clear()  # one row count at a time: a packed weight is as large as the weight
