@@ -30,7 +30,7 @@ alone or together with others. Without --seed one is chosen and printed."""
 
 EXAMPLES = """\
   armm generate "a small red sphere to the left of a large blue cube" -o scene.png
-  armm generate "a shiny cone at night" "two cubes" -o out.png --num-images 4 --grid --seed 3
+  armm generate "a large shiny cone at night" "a red cube and a blue sphere" -o out.png --num-images 4 --grid --seed 3
   armm generate "a red cone behind a green cube" -o out.png --animate steps.gif
   armm generate --model llamagen-c2i-b-256 --class-labels 207 360 -o animals.png --guidance-scale 4
 """
