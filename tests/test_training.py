@@ -113,6 +113,8 @@ def test_recipe_errors(tmp_path):
     good = "task: line\noutput: run\nsteps: 5\noptimizer:\n  learning_rate: 0.1\n"
     path.write_text(good)
     assert load_recipe(path, {"optimizer.learning_rate": 0.5, "model.width": 3}).optimizer.learning_rate == 0.5
+    path.write_text(good + "precision: no\n")
+    assert load_recipe(path).precision == "no"
     for content, message in [
         (good + "stepz: 3\n", "did you mean steps"),
         (good + "  learning_rat: 1\n", "learning_rate"),
@@ -120,6 +122,7 @@ def test_recipe_errors(tmp_path):
         ("- a\n", "mapping"),
         ("a: [", "not valid YAML"),
         (good + "precision: fp8\n", "precision"),
+        (good.replace("steps: 5", "steps: many"), "whole number"),
         (good.replace("steps: 5", "steps: 0"), "at least 1"),
         (good + "batch_size: 0\n", "batch_size"),
     ]:

@@ -90,8 +90,13 @@ class Recipe:
     loss: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.precision is False:  # what YAML makes of an unquoted `no`
+            object.__setattr__(self, "precision", "no")
         _choice("precision", self.precision, PRECISIONS)
         _choice("export_dtype", self.export_dtype, ("fp32", "bf16", "fp16"))
+        for name, value in (("steps", self.steps), ("seed", self.seed)):
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise ValueError(f"`{name}` must be a whole number, got {value!r}.")
         if self.steps < 1:
             raise ValueError(f"`steps` must be at least 1, got {self.steps}.")
         sizes = [self.batch_size] if isinstance(self.batch_size, int) else [pair[1] for pair in self.batch_size]
