@@ -104,6 +104,27 @@ class Attention(nn.Module):
         return self.to_out(out.transpose(1, 2).reshape(batch, length, -1))
 
 
+class MergedQKNorm:
+    """The RMS norms of queries and keys as one, in place on float32 [B, N, H + Hkv, d]."""
+
+    def __init__(self, att: Attention) -> None:
+        parts = ((att.query_norm, att.heads), (att.key_norm, att.kv_heads))
+        self.weight = torch.cat([norm.weight.detach().expand(heads, -1) for norm, heads in parts])
+        self.eps = torch.tensor(att.query_norm.eps, dtype=torch.float32)
+        self.inverse = 1.0 / att.head_dim
+
+    @staticmethod
+    def fits(att: Attention) -> bool:
+        if att.qk_norm != "rms":
+            return False
+        weight = att.query_norm.weight
+        return weight.device.type == "cpu" and weight.dtype == torch.float32
+
+    def __call__(self, x: Tensor) -> None:
+        length = torch.linalg.vector_norm(x, 2, -1, True)
+        x.mul_(torch.addcmul(self.eps, length, length, value=self.inverse).rsqrt_()).mul_(self.weight)
+
+
 class FusedBlock:
     """The merged weights of a block and its forward pass in as few calls as possible (inference without modulation)."""
 
@@ -111,7 +132,8 @@ class FusedBlock:
         att, mlp = block.attention, block.mlp
         self.attention = att
         self.heads, self.kv_heads, self.head_dim = att.heads, att.kv_heads, att.head_dim
-        self.plain = att.qk_norm is None
+        self.qk_norm = MergedQKNorm(att) if MergedQKNorm.fits(att) else None
+        self.plain = att.qk_norm is None or self.qk_norm is not None
         self.grouped = att.heads != att.kv_heads
         self.scale = att.scale
         self.qkv = FusedLinear.merge([att.to_q, att.to_k, att.to_v])
@@ -130,6 +152,8 @@ class FusedBlock:
         if self.plain and (rotary is None or (rotary.is_complex() and qkv.dtype == torch.float32)):
             # All are views of the one tensor; queries and keys are neighbours, so one product in place turns both.
             row = length * width
+            if self.qk_norm is not None:
+                self.qk_norm(qkv.as_strided((batch, length, heads + kv_heads, size), (row, width, size, 1)))
             if rotary is not None:
                 pairs = qkv.as_strided((batch, length, heads + kv_heads, size // 2, 2), (row, width, size, 2, 1))
                 torch.view_as_complex(pairs).mul_(rotary)
