@@ -90,8 +90,6 @@ class Recipe:
     loss: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.precision is False:  # what YAML makes of an unquoted `no`
-            object.__setattr__(self, "precision", "no")
         _choice("precision", self.precision, PRECISIONS)
         _choice("export_dtype", self.export_dtype, ("fp32", "bf16", "fp16"))
         for name, value in (("steps", self.steps), ("seed", self.seed)):
@@ -158,6 +156,8 @@ def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None, ou
         raise ValueError(f"{path.name} lacks the keys {', '.join(missing)}.")
     values = take(content, "recipe", **{f.name: content.get(f.name) for f in fields(Recipe)})
     values = {key: value for key, value in values.items() if key in content}
+    if values.get("precision") is False:  # what YAML makes of an unquoted `no`
+        values["precision"] = "no"
     optimizer = take(values.get("optimizer", {}), "optimizer", **{f.name: f.default for f in fields(OptimizerRecipe)})
     try:
         return Recipe(**{**values, "optimizer": OptimizerRecipe(**optimizer)})

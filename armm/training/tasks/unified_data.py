@@ -11,6 +11,7 @@ import logging
 import multiprocessing
 import os
 import random
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -147,7 +148,7 @@ def merge_texts(parts: list[dict[str, Any]], pad: int) -> dict[str, Any]:
 
 def prepare_texts(scenes: Scenes, settings: dict[str, Any], vocabulary: list[str], cache: Path) -> dict[str, Any]:
     """`write_texts` over all scenes, in parallel where there are many, kept in `cache`."""
-    write = partial(write_texts, vocabulary=vocabulary, **settings)
+    write: Callable[[Scenes], dict[str, Any]] = partial(write_texts, vocabulary=vocabulary, **settings)
     # Keyed by what is written, so that a change of the language is noticed: the first scenes stand for all.
     first = write(scenes[:16])
     probe = _digest(*(first[name] for name in ("captions", "questions")))
