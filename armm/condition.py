@@ -13,12 +13,14 @@ class Condition:
     """Prefix tokens of a generation.
 
     embeds: [B, T, D]. mask: bool [B, T], False where a slot is padding (None: all are real). index: flat position ids
-    [B, T] for models with a position layout of their own (None: the first T positions).
+    [B, T] for models with a position layout of their own (None: the first T positions). bidirectional: how many of the
+    first tokens see each other whole instead of causally.
     """
 
     embeds: Tensor
     mask: Tensor | None = None
     index: Tensor | None = None
+    bidirectional: int = 0
 
     def __post_init__(self) -> None:
         if self.embeds.dim() != 3:
@@ -27,6 +29,8 @@ class Condition:
             value = getattr(self, name)
             if value is not None and tuple(value.shape) != tuple(self.embeds.shape[:2]):
                 raise ValueError(f"{name} must be {tuple(self.embeds.shape[:2])}, got {tuple(value.shape)}")
+        if not 0 <= self.bidirectional <= self.length:
+            raise ValueError(f"bidirectional must lie between 0 and {self.length} tokens, got {self.bidirectional}")
 
     @property
     def batch(self) -> int:
@@ -42,6 +46,7 @@ class Condition:
             self.embeds[rows],
             None if self.mask is None else self.mask[rows],
             None if self.index is None else self.index[rows],
+            self.bidirectional,
         )
 
     def repeat(self, times: int) -> Condition:
@@ -50,6 +55,7 @@ class Condition:
             self.embeds.repeat_interleave(times, 0),
             None if self.mask is None else self.mask.repeat_interleave(times, 0),
             None if self.index is None else self.index.repeat_interleave(times, 0),
+            self.bidirectional,
         )
 
     def pad_left(self, length: int) -> Condition:
@@ -65,7 +71,7 @@ class Condition:
         index = self.index
         if index is not None:
             index = torch.cat([index.new_zeros(self.batch, missing), index], dim=1)
-        return Condition(embeds, mask, index)
+        return Condition(embeds, mask, index, self.bidirectional + missing if self.bidirectional else 0)
 
 
 def concatenate(conditions: list[Condition]) -> Condition:
@@ -87,4 +93,7 @@ def concatenate(conditions: list[Condition]) -> Condition:
         if any(part.index is None for part in parts):
             raise ValueError("some of the conditions have position ids and some have none; give them to all or to none")
         index = torch.cat([part.index for part in parts])
-    return Condition(torch.cat([part.embeds for part in parts]), mask, index)
+    bidirectional = {part.bidirectional for part in parts}
+    if len(bidirectional) > 1:
+        raise ValueError(f"the conditions must agree in how many tokens are bidirectional, got {sorted(bidirectional)}")
+    return Condition(torch.cat([part.embeds for part in parts]), mask, index, bidirectional.pop())

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from armm.condition import Condition
 from armm.heads.categorical import CategoricalHead
 from armm.nn.embedders import CaptionEmbedding, LabelEmbedding
-from armm.nn.masks import causal_key_mask, prefix_mask
+from armm.nn.masks import prefix_mask
 from armm.nn.positions import PositionLayout, PositionTable, image_layout, unified_layout
 from armm.nn.rotary import rotary_table
 from armm.transformer import ARTransformer
@@ -41,6 +41,7 @@ class AutoregressiveModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         grid: (height, width) of the default image, in tokens.
         text_slots, answer_slots: how many text tokens fit before and after an image.
         head_bias: whether the head has a bias.
+        bidirectional_prompt: in a unified model, text before the image and begin-of-image see each other whole.
     """
 
     _supports_gradient_checkpointing = True
@@ -59,6 +60,7 @@ class AutoregressiveModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         text_slots: int = 0,
         answer_slots: int = 0,
         head_bias: bool = False,
+        bidirectional_prompt: bool = False,
     ) -> None:
         super().__init__()
         if not isinstance(vocab_size, int) or vocab_size < 1:
@@ -70,6 +72,7 @@ class AutoregressiveModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self.vocab_size = vocab_size
         self.grid = self.check_grid(grid)
         self.text_slots, self.answer_slots = text_slots, answer_slots
+        self.bidirectional_prompt = bidirectional_prompt
         self.trunk = ARTransformer.from_dict(dict(transformer or {}))
         dim = self.trunk.dim
         self.token_embedding = nn.Embedding(vocab_size, dim)
@@ -149,7 +152,10 @@ class AutoregressiveModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         if axes == 1:  # a sequence: the flat ids are the positions
             coordinates = torch.arange(len(layout), dtype=torch.float32, device=device)[:, None]
         elif axes != coordinates.shape[1]:
-            raise ValueError(f"an image needs 1 or 2 rotary axes, this transformer has {axes}")
+            raise ValueError(
+                f"this model needs 1 or {coordinates.shape[1]} rotary axes, its transformer has {axes}: rotary_axes="
+                f"{list(trunk.rotary_axes)}"
+            )
         return rotary_table(coordinates, trunk.rotary_axes, trunk.rotary_theta, layout.zero, trunk.rotary_layout)
 
     def image_index(self, grid: Sequence[int] | None = None, device: torch.device | str | None = None) -> Tensor:
@@ -229,7 +235,14 @@ class AutoregressiveModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             index = torch.arange(self.prefix_slots - length, self.prefix_slots, device=ids.device)
         if index.dim() == 1:
             index = index.expand(ids.shape[0], -1)
-        return Condition(self.embed(ids), None if mask is None else mask.bool(), index)
+        bidirectional = length if self.bidirectional_prompt else 0
+        return Condition(self.embed(ids), None if mask is None else mask.bool(), index, bidirectional)
+
+    def bidirectional_tokens(self, index: Tensor) -> int:
+        """How many of the tokens at flat position ids `index` [N] or [B, N] see each other whole."""
+        if not self.bidirectional_prompt:
+            return 0
+        return int((index < self.prefix_slots).sum(-1).max())
 
     def logits(self, hidden: Tensor, *, low: int = 0, high: int | None = None) -> Tensor:
         """Hidden [..., D] -> float32 logits over the vocabulary, or over its rows low .. high-1."""
@@ -259,10 +272,12 @@ class AutoregressiveModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         if index is None:
             index = torch.arange(length, device=embeds.device)
         positions = self.positions_for(index, grid)
-        if mask is None and key_mask is not None:
-            mask = causal_key_mask(key_mask)
-        elif mask is None and condition is not None and condition.mask is not None:
-            mask = prefix_mask(condition.mask, length)
+        if mask is None:
+            bidirectional = self.bidirectional_tokens(index)
+            real = key_mask if key_mask is not None else None if condition is None else condition.mask
+            if real is None and bidirectional:
+                real = embeds.new_ones(len(embeds), 0, dtype=torch.bool)
+            mask = None if real is None else prefix_mask(real, length, bidirectional)
         return self.trunk(embeds, positions=positions, mask=mask, causal=mask is None)
 
     def forward(

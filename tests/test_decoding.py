@@ -23,8 +23,10 @@ def build(kind="class", grid=(2, 3), vocab=12, seed=0, **transformer):
         "class": {"type": "class", "num_classes": 5},
         "caption": {"type": "caption", "in_dim": 6, "num_tokens": 4},
     }
-    slots = {"text_slots": 3, "answer_slots": 6} if kind == "unified" else {}
-    if slots:
+    slots = {}
+    if kind in ("unified", "bidirectional"):
+        slots = {"text_slots": 3, "answer_slots": 6, "bidirectional_prompt": kind == "bidirectional"}
+        options["rotary_axes"] = [2, 2, 4]
         options["learned_positions"] = 3 + 1 + grid[0] * grid[1] + 6
     model = AutoregressiveModel(vocab, options, conditions.get(kind), grid, **slots).eval()
     for parameter in model.parameters():
@@ -50,7 +52,7 @@ def conditions(model, batch=2, seed=1):
 @torch.no_grad()
 @few
 @given(
-    kind=st.sampled_from(["class", "caption", "unified"]),
+    kind=st.sampled_from(["class", "caption", "unified", "bidirectional"]),
     grid=st.tuples(st.integers(1, 3), st.integers(1, 4)),
     fuse=st.booleans(),
 )
@@ -64,7 +66,7 @@ def test_recorded_logits_equal_teacher_forcing(kind, grid, fuse):
     assert out.num_calls == tokens == DECODE.num_calls(grid) == out.steps
     full = []
     for part in (condition, null):
-        if kind == "unified":
+        if kind in ("unified", "bidirectional"):
             index = torch.cat([part.index, model.image_index()[None].expand(2, -1)], dim=1)
             mask = torch.ones(2, index.shape[1], dtype=torch.bool)
             if part.mask is not None:
@@ -80,7 +82,7 @@ def test_recorded_logits_equal_teacher_forcing(kind, grid, fuse):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["class", "caption", "unified"])
+@pytest.mark.parametrize("kind", ["class", "caption", "unified", "bidirectional"])
 def test_a_sample_is_the_same_alone_and_in_a_batch(kind):
     model = build(kind)
     condition, null = conditions(model, batch=3)

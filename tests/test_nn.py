@@ -124,7 +124,8 @@ def test_layouts():
     assert image.coordinates[2:].tolist() == [[0, 0], [0, 1], [0, 2], [1, 0], [1, 1], [1, 2]]
     unified = armm_nn.unified_layout(3, 2, 2, 2)
     assert unified.coordinates.tolist() == [
-        [-4, -4], [-3, -3], [-2, -2], [-1, -1], [0, 0], [0, 1], [1, 0], [1, 1], [2, 2], [3, 3],
+        [-3, 0.5, 0.5], [-2, 0.5, 0.5], [-1, 0.5, 0.5], [0, 0.5, 0.5],
+        [0, 0, 0], [0, 0, 1], [0, 1, 0], [0, 1, 1], [1, 0.5, 0.5], [2, 0.5, 0.5],
     ]  # fmt: skip
 
 
@@ -162,14 +163,14 @@ def test_causal_mask_brute_force(queries, extra):
 
 
 @few
-@given(lengths=st.lists(st.integers(0, 4), min_size=1, max_size=3), tail=st.integers(0, 3))
-def test_prefix_mask_brute_force(lengths, tail):
+@given(lengths=st.lists(st.integers(0, 4), min_size=1, max_size=3), tail=st.integers(0, 3), whole=st.integers(0, 4))
+def test_prefix_mask_brute_force(lengths, tail, whole):
     prefix = torch.stack([torch.arange(4) >= 4 - n for n in lengths])
-    mask = armm_nn.prefix_mask(prefix, 4 + tail)
+    mask = armm_nn.prefix_mask(prefix, 4 + tail, whole)
     for row in range(len(lengths)):
         for i in range(4 + tail):
             for j in range(4 + tail):
-                visible = j <= i and (j >= 4 or bool(prefix[row, j]))
+                visible = (j <= i or j < whole) and (j >= 4 or bool(prefix[row, j]))
                 assert bool(mask[row, 0, i, j]) == (visible or i == j)
 
 

@@ -65,7 +65,7 @@ def recipe(tmp_path_factory) -> Recipe:
                 "num_heads": 2,
                 "mlp_hidden": 64,
                 "qk_norm": "rms",
-                "rotary_axes": [8, 8],
+                "rotary_axes": [4, 6, 6],
                 "rotary_theta": 100.0,
             },
         },

@@ -42,12 +42,13 @@ def unified_pipeline(**settings: Any) -> UnifiedTextToImagePipeline:
             "num_heads": 2,
             "mlp_hidden": 48,
             "qk_norm": "rms",
-            "rotary_axes": [8, 8],
+            "rotary_axes": [4, 6, 6],
             "learned_positions": SLOTS + 1 + GRID[0] * GRID[1] + ANSWERS,
         },
         grid=GRID,
         text_slots=SLOTS,
         answer_slots=ANSWERS,
+        bidirectional_prompt=True,
     ).eval()
     for parameter in model.parameters():
         if parameter.dim() > 1:

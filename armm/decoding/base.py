@@ -72,8 +72,11 @@ class TokenStream:
     def prefill(self) -> Tensor:
         """Run the prefix: hidden state of its last position [R, D]."""
         embeds, mask, full = self.prefix.embeds, self.prefix.mask, None
-        if mask is not None and not bool(mask.all()):
-            full = prefix_mask(mask, self.length)
+        padded = mask is not None and not bool(mask.all())
+        if padded or self.prefix.bidirectional:
+            real = embeds.new_ones(embeds.shape[:2], dtype=torch.bool) if mask is None else mask
+            full = prefix_mask(real, self.length, self.prefix.bidirectional)
+        if mask is not None and padded:
             tail = mask.new_ones(mask.shape[0], len(self.positions))
             self.bias = additive_mask(key_mask(torch.cat([mask, tail], dim=1)), self.cache.buffer.dtype)
         return self._run(embeds.to(self.trunk.dtype), self.prefix_positions, full, full is None)

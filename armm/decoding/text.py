@@ -71,7 +71,8 @@ def decode_text(
     if sampler.do_sample and not isinstance(noise, NoiseSource):
         noise = NoiseSource(noise, batch, high - low, device)
 
-    prefix = Condition(model.embed(ids), None if mask is None else mask.to(device=device, dtype=torch.bool))
+    padding = None if mask is None else mask.to(device=device, dtype=torch.bool)
+    prefix = Condition(model.embed(ids), padding, None, model.bidirectional_tokens(index))
     stream = TokenStream(model, prefix, model.positions_for(index, grid), model.positions_for(following, grid))
     out = torch.full((batch, max_tokens), stop_id, dtype=torch.long, device=device)
     finished = torch.zeros(batch, dtype=torch.bool, device=device)

@@ -34,16 +34,21 @@ def causal_key_mask(mask: Tensor) -> Tensor:
     return (allowed | torch.eye(length, dtype=torch.bool, device=mask.device))[:, None]
 
 
-def prefix_mask(mask: Tensor, total: int) -> Tensor:
+def prefix_mask(mask: Tensor, total: int, bidirectional: int = 0) -> Tensor:
     """Causal over `total` positions of which the first T follow a prefix mask [B, T]: bool [B, 1, total, total].
 
-    Columns of padded prefix positions are removed for every row, the diagonal is kept.
+    Columns of padded prefix positions are removed for every row, the diagonal is kept. The first `bidirectional`
+    positions see each other whole.
     """
     batch, length = mask.shape
     if total < length:
         raise ValueError(f"total={total} is smaller than the prefix of {length} positions")
-    tail = torch.ones(batch, total - length, dtype=torch.bool, device=mask.device)
-    return causal_key_mask(torch.cat([mask.bool(), tail], dim=1))
+    if not 0 <= bidirectional <= total:
+        raise ValueError(f"bidirectional must lie between 0 and total={total}, got {bidirectional}")
+    keys = torch.cat([mask.bool(), mask.new_ones(batch, total - length, dtype=torch.bool)], dim=1)
+    whole = torch.arange(total, device=mask.device) < bidirectional
+    allowed = causal_mask(total, total, mask.device) | whole
+    return ((allowed & keys[:, None]) | torch.eye(total, dtype=torch.bool, device=mask.device))[:, None]
 
 
 def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:

@@ -67,13 +67,15 @@ def image_layout(prefix: int, height: int, width: int) -> PositionLayout:
 
 
 def unified_layout(text_slots: int, height: int, width: int, answer_slots: int) -> PositionLayout:
-    """Text before an image, begin-of-image, the image, text after it; text lies on the diagonal of the image's plane.
+    """Text before an image, begin-of-image, the image, text after it, at (order in the text, row, column).
 
-    Ids: 0 .. text_slots-1 text before, text_slots begin-of-image at (-1, -1), then height * width cells at (row,
-    column), then answer_slots text positions from (n, n) on, n = max(height, width). Text before begin-of-image counts
-    down from (-2, -2), so a short text is right-aligned against the image.
+    Ids: 0 .. text_slots-1 text before, text_slots begin-of-image, height * width cells, answer_slots positions of text
+    after. All text stands at the middle of the image's plane and differs in its order only: it counts up to begin-of-image
+    at 0, the image's cells have order 0, text after the image counts on from 1. So words are as near to one cell as to
+    another, and their distance to each other is that of a sentence.
     """
-    before = torch.arange(-text_slots - 1, 0, dtype=torch.float32, device="cpu")[:, None].expand(-1, 2)
-    side = max(height, width)
-    after = torch.arange(side, side + answer_slots, dtype=torch.float32, device="cpu")[:, None].expand(-1, 2)
-    return PositionLayout(torch.cat([before, raster_coordinates(height, width), after]))
+    middle = torch.tensor([(height - 1) / 2, (width - 1) / 2], device="cpu")
+    order = torch.arange(-text_slots, answer_slots + 1, dtype=torch.float32, device="cpu")[:, None]
+    text = torch.cat([order, middle.expand(len(order), 2)], dim=1)
+    cells = torch.nn.functional.pad(raster_coordinates(height, width), (1, 0))
+    return PositionLayout(torch.cat([text[: text_slots + 1], cells, text[text_slots + 1 :]]))

@@ -17,10 +17,13 @@ PRECISIONS = ("no", "bf16", "fp16")
 
 @dataclass(frozen=True)
 class OptimizerRecipe:
-    """AdamW and its learning rate.
+    """AdamW and its learning rate; Muon for the hidden matrices if `matrix_learning_rate` is given.
 
     Args:
         learning_rate: peak.
+        matrix_learning_rate: peak for the weight matrices of a transformer's blocks, which `torch.optim.Muon` then updates
+            (orthogonalised momentum, Jordan et al. 2024; scaled to the size of AdamW's updates, Liu et al. 2025, section
+            2.2). 0: AdamW updates everything.
         warmup_steps: linear ramp from 0.
         schedule: "cosine"; "flat_linear" (flat for the first half, then a straight line down); or "constant".
         final_fraction: of the peak that is left at the end.
@@ -28,6 +31,7 @@ class OptimizerRecipe:
     """
 
     learning_rate: float = 1e-3
+    matrix_learning_rate: float = 0.0
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.0
     warmup_steps: int = 50
@@ -40,21 +44,23 @@ class OptimizerRecipe:
         _choice("optimizer.schedule", self.schedule, SCHEDULES)
         if self.learning_rate <= 0:
             raise ValueError(f"`optimizer.learning_rate` must be positive, got {self.learning_rate}.")
+        if self.matrix_learning_rate < 0:
+            raise ValueError(f"`optimizer.matrix_learning_rate` must not be negative, got {self.matrix_learning_rate}.")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"`optimizer.betas` must be two numbers in [0, 1), got {list(self.betas)}.")
 
     def rate(self, step: int, steps: int) -> float:
-        """Learning rate of `step` (0-based) of a run of `steps`."""
+        """Learning rate of `step` (0-based) of a run of `steps`, as a fraction of the peak."""
         if step < self.warmup_steps:
-            return self.learning_rate * (step + 1) / self.warmup_steps
+            return (step + 1) / self.warmup_steps
         progress = (step - self.warmup_steps) / max(1, steps - self.warmup_steps)
         if self.schedule == "cosine":
             share = 0.5 * (1.0 + math.cos(math.pi * progress))
         elif self.schedule == "flat_linear":
             share = min(1.0, 2.0 * (1.0 - progress))
         else:
-            return self.learning_rate
-        return self.learning_rate * (self.final_fraction + (1.0 - self.final_fraction) * share)
+            return 1.0
+        return self.final_fraction + (1.0 - self.final_fraction) * share
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 from abc import ABC, abstractmethod
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -55,9 +56,14 @@ class TrainingTask(ABC):
     def after_step(self, step: int, progress: float) -> None:  # noqa: B027
         """Runs after each optimizer step (moving averages and the like)."""
 
-    def parameter_groups(self) -> list[dict]:
-        """Weight decay on matrices only."""
-        parameters = [p for p in self.module.parameters() if p.requires_grad]
+    def hidden_matrices(self) -> list[nn.Parameter]:
+        """The matrices that Muon may update: between hidden states, so neither embeddings nor heads. None by default."""
+        return []
+
+    def parameter_groups(self, without: Collection[nn.Parameter] = ()) -> list[dict]:
+        """All parameters but those in `without`; weight decay on matrices only."""
+        taken = {id(p) for p in without}
+        parameters = [p for p in self.module.parameters() if p.requires_grad and id(p) not in taken]
         return [
             {"params": [p for p in parameters if p.ndim >= 2]},
             {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},

@@ -105,14 +105,16 @@ class _Loop:
         self.last_logs: dict[str, float] = {}
         self.last_validation: dict[str, float] = {}
         self.model = _Step(task)
-        settings = {"lr": recipe.optimizer.learning_rate, "betas": recipe.optimizer.betas}
-        decay = recipe.optimizer.weight_decay
-        self.optimizer = torch.optim.AdamW(task.parameter_groups(), weight_decay=decay, **settings)
-        self.model, self.optimizer = accelerator.prepare(self.model, self.optimizer)
-        self.adversary_optimizer = None
+        matrices = task.hidden_matrices() if recipe.optimizer.matrix_learning_rate else []
+        self.optimizers = [_adamw(task.parameter_groups(without=matrices), recipe)]
+        if matrices:
+            self.optimizers.append(_muon(matrices, recipe))
+        self.model, *self.optimizers = accelerator.prepare(self.model, *self.optimizers)
+        self.adversary_optimizers: list[Any] = []
         if task.adversary is not None:
-            self.adversary_optimizer = torch.optim.AdamW(task.adversary.parameters(), weight_decay=decay, **settings)
-            task.adversary, self.adversary_optimizer = accelerator.prepare(task.adversary, self.adversary_optimizer)
+            optimizer = _adamw(task.adversary.parameters(), recipe)
+            task.adversary, optimizer = accelerator.prepare(task.adversary, optimizer)
+            self.adversary_optimizers = [optimizer]
 
     def train(self, progress: bool) -> None:
         recipe, accelerator = self.recipe, self.accelerator
@@ -158,24 +160,27 @@ class _Loop:
         rate = recipe.optimizer.rate(self.step, recipe.steps)
         loss, logs = self.model(batch, self.step, share)
         logs = {"loss": loss.detach(), **logs}
-        self._descend(loss, self.optimizer, self.model.parameters(), rate)
-        if self.adversary_optimizer is not None:
+        self._descend(loss, self.optimizers, self.model.parameters(), rate)
+        if self.adversary_optimizers:
             with accelerator.autocast():
                 adversary_loss = task.adversary_loss(batch, self.step)
             if adversary_loss is not None:
                 logs["adversary"] = adversary_loss.detach()
-                self._descend(adversary_loss, self.adversary_optimizer, task.adversary.parameters(), rate)
+                self._descend(adversary_loss, self.adversary_optimizers, task.adversary.parameters(), rate)
         task.after_step(self.step, share)
         return logs
 
-    def _descend(self, loss: torch.Tensor, optimizer: Any, parameters: Any, rate: float) -> None:
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        optimizer.zero_grad(set_to_none=True)
+    def _descend(self, loss: torch.Tensor, optimizers: list[Any], parameters: Any, rate: float) -> None:
+        """One step at the fraction `rate` of each group's peak learning rate."""
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group["peak"]
+            optimizer.zero_grad(set_to_none=True)
         self.accelerator.backward(loss)
         if self.recipe.optimizer.clip:
             self.accelerator.clip_grad_norm_(parameters, self.recipe.optimizer.clip)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
 
     def _evaluated(self, function: Any) -> Any:
         """Calls `function` in eval mode without touching the run's random state."""
@@ -198,9 +203,9 @@ class _Loop:
             "seconds": self.seconds,
             "samples": self.samples,
             "module": self.task.module.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "adversary": None if adversary is None else self.accelerator.unwrap_model(adversary).state_dict(),
-            "adversary_optimizer": None if self.adversary_optimizer is None else self.adversary_optimizer.state_dict(),
+            "adversary_optimizers": [optimizer.state_dict() for optimizer in self.adversary_optimizers],
             "random": _random_state(),
         }
         temporary = self.directory / f".{CHECKPOINT}.tmp"
@@ -220,10 +225,11 @@ class _Loop:
             )
         self.step, self.seconds, self.samples = state["step"], state["seconds"], state["samples"]
         self.task.module.load_state_dict(state["module"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.task.adversary is not None and self.adversary_optimizer is not None:
+        if self.task.adversary is not None:
             self.accelerator.unwrap_model(self.task.adversary).load_state_dict(state["adversary"])
-            self.adversary_optimizer.load_state_dict(state["adversary_optimizer"])
+        for name in ("optimizers", "adversary_optimizers"):
+            for optimizer, saved in zip(getattr(self, name), state[name], strict=True):
+                optimizer.load_state_dict(saved)
         _set_random_state(state["random"])
         log = self.directory / "log.jsonl"
         if self.accelerator.is_main_process and log.exists():
@@ -244,6 +250,32 @@ class _Loop:
             "last": self.last_logs,
             "validation": self.last_validation,
         }
+
+
+def _adamw(parameters: Any, recipe: Recipe) -> torch.optim.Optimizer:
+    settings = recipe.optimizer
+    optimizer = torch.optim.AdamW(
+        parameters, lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay
+    )
+    return _with_peak(optimizer, settings.learning_rate)
+
+
+def _muon(matrices: list[nn.Parameter], recipe: Recipe) -> torch.optim.Optimizer:
+    settings = recipe.optimizer
+    optimizer = torch.optim.Muon(
+        matrices,
+        lr=settings.matrix_learning_rate,
+        weight_decay=settings.weight_decay,
+        momentum=0.95,
+        adjust_lr_fn="match_rms_adamw",
+    )
+    return _with_peak(optimizer, settings.matrix_learning_rate)
+
+
+def _with_peak(optimizer: torch.optim.Optimizer, rate: float) -> torch.optim.Optimizer:
+    for group in optimizer.param_groups:
+        group["peak"] = rate
+    return optimizer
 
 
 def _hardware(accelerator: Accelerator) -> str:

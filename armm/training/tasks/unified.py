@@ -39,8 +39,8 @@ _IGNORED = -100
 class UnifiedTask(TrainingTask):
     """Recipe mappings:
 
-    model: `text_slots` (words of a prompt), `answer_slots` (tokens of a text after the image), `transformer` (arguments of
-        `ARTransformer`), `compile` (the trunk; needs a C++ compiler), `generation` (generation config of the export).
+    model: `text_slots` (words of a prompt), `answer_slots` (tokens of a text after the image), `bidirectional_prompt` (the
+        words of a prompt see each other whole), `transformer` (arguments of `ARTransformer`), `compile` (the trunk; needs a C++ compiler), `generation` (generation config of the export).
     data: `tokenizer` (directory of a trained `VQTokenizer`), scenes, size, seed, validation (scenes), `cache` (directory of
         what is made once; by default beside the output directory), captions and questions (written per scene),
         `reading_share` (of the rows), `questions_per_row`.
@@ -54,6 +54,7 @@ class UnifiedTask(TrainingTask):
             "model",
             text_slots=28,
             answer_slots=32,
+            bidirectional_prompt=True,
             transformer={},
             compile=False,
             generation={"guidance_scale": 3.0, "temperature": 0.7, "top_k": 0, "top_p": 1.0},
@@ -94,9 +95,13 @@ class UnifiedTask(TrainingTask):
             grid=list(self.grid),
             text_slots=self.text_slots,
             answer_slots=int(self.settings["answer_slots"]),
+            bidirectional_prompt=bool(self.settings["bidirectional_prompt"]),
         )
         self.module = nn.ModuleDict({"model": self.model})
         self._compiled: Callable[..., Tensor] | None = None
+
+    def hidden_matrices(self) -> list[nn.Parameter]:
+        return [p for p in self.model.trunk.blocks.parameters() if p.ndim == 2]
 
     # ------------------------------------------------------------------ data
 
@@ -120,10 +125,11 @@ class UnifiedTask(TrainingTask):
         segments = [self.caption_length] + [self.question_length] * data["questions_per_row"]
         prefix = self.text_slots + 1 + self.image_tokens
         self.reading_positions = reading_positions(prefix, segments).to(device)
-        self.reading_mask = reading_mask(prefix, segments).to(device)
         drawing = self.text_slots + self.image_tokens
         self.drawing_positions = torch.arange(drawing, device=device)
-        self.drawing_mask = torch.ones(drawing, drawing, dtype=torch.bool, device=device).tril()
+        bidirectional = self.model.bidirectional_tokens(self.drawing_positions)
+        self.reading_mask = reading_mask(prefix, segments, bidirectional).to(device)
+        self.drawing_mask = reading_mask(drawing, [], bidirectional).to(device)
 
     def _prepare_split(self, count: int, seed: int, split: str) -> tuple[UnifiedData, list[str]]:
         dataset = SceneDataset.prepare(count, self.data["size"], seed, split=split, cache_dir=self.cache)

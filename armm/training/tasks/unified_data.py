@@ -99,10 +99,10 @@ def write_texts(
 def _write_captions(
     scenes: Scenes, index: int, rng: random.Random, words: WordTokenizer, number: int, limit: int
 ) -> list[list[int]]:
-    """Full prompts and free captions in turn; one longer than `limit` words is drawn anew."""
+    """Two full prompts to each free caption; one longer than `limit` words is drawn anew."""
     written: list[list[int]] = []
     for _ in range(50 * number):
-        write = describe_prompt if len(written) % 2 == 0 else caption
+        write = caption if len(written) % 3 == 2 else describe_prompt
         ids = words.encode_batch([write(scenes, index, rng).text])[0]
         if len(ids) <= limit:
             written.append(ids)
