@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.loaders import PeftAdapterMixin
-from diffusers.models.modeling_utils import ModelMixin
+from diffusers.configuration_utils import register_to_config
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from armm.condition import Condition
 from armm.heads.categorical import CategoricalHead
+from armm.model_base import TrunkModel
 from armm.nn.embedders import CaptionEmbedding, LabelEmbedding
 from armm.nn.masks import prefix_mask
 from armm.nn.positions import PositionLayout, PositionTable, image_layout, unified_layout
@@ -22,7 +21,7 @@ from armm.transformer import ARTransformer
 __all__ = ["AutoregressiveModel", "Condition"]
 
 
-class AutoregressiveModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
+class AutoregressiveModel(TrunkModel):
     """Tokens in, logits out.
 
     Two kinds of sequence:
@@ -43,12 +42,6 @@ class AutoregressiveModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         head_bias: whether the head has a bias.
         bidirectional_prompt: in a unified model, text before the image and begin-of-image see each other whole.
     """
-
-    _supports_gradient_checkpointing = True
-    _no_split_modules = ["Block"]
-    _repeated_blocks = ["Block"]
-    _skip_keys = ["cache"]
-    _skip_layerwise_casting_patterns = ["norm", "position_embedding", "token_embedding"]
 
     @register_to_config
     def __init__(
@@ -91,10 +84,6 @@ class AutoregressiveModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
                 f"learned_positions={learned}, but the layout of this model has {len(self.layout())} positions "
                 f"(prefix {self.prefix_slots}, grid {self.grid}, answer {answer_slots})"
             )
-
-    def __getattr__(self, name: str):
-        # Submodules only: diffusers would also look in the config, where an entry may have a submodule's name.
-        return nn.Module.__getattr__(self, name)
 
     # Positions.
 
@@ -295,31 +284,6 @@ class AutoregressiveModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         """Logits [B, T + N, V] of `hidden(...)`; the logits at a position are for the token after it."""
         hidden = self.hidden(ids, condition, index=index, mask=mask, key_mask=key_mask, grid=grid)
         return self.head(hidden, low, high)
-
-    # Inference options and adapters.
-
-    def fuse_projections(self) -> None:
-        """Prepare for fast inference; see `ARTransformer.fuse_projections`. Parameters keep their names."""
-        self.trunk.fuse_projections()
-        self.head.fuse()
-
-    def unfuse_projections(self) -> None:
-        self.trunk.unfuse_projections()
-        self.head.unfuse()
-
-    def set_attention_backend(self, backend: str) -> None:
-        self.trunk.set_attention_backend(backend)
-
-    def reset_attention_backend(self) -> None:
-        self.trunk.reset_attention_backend()
-
-    def add_adapter(self, *args, **kwargs) -> None:
-        self.unfuse_projections()
-        super().add_adapter(*args, **kwargs)
-
-    def load_lora_adapter(self, *args, **kwargs):
-        self.unfuse_projections()
-        return super().load_lora_adapter(*args, **kwargs)
 
 
 def _build_condition(config: dict | None, dim: int) -> LabelEmbedding | CaptionEmbedding | None:

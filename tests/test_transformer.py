@@ -32,7 +32,8 @@ def tiny_model(kind="class", **options) -> AutoregressiveModel:
     if kind == "unified":
         grid = options.pop("grid", (2, 3))
         size = 3 + 1 + grid[0] * grid[1] + 4
-        transformer = {**TINY, "learned_positions": size, "qk_norm": "rms", **options.pop("transformer", {})}
+        rotary = {"learned_positions": size, "qk_norm": "rms", "rotary_axes": [2, 2, 4]}
+        transformer = {**TINY, **rotary, **options.pop("transformer", {})}
         return AutoregressiveModel(20, transformer, None, grid, text_slots=3, answer_slots=4, **options).eval()
     transformer = {**TINY, **options.pop("transformer", {})}
     return AutoregressiveModel(12, transformer, condition[kind], options.pop("grid", (2, 3)), **options).eval()

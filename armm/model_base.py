@@ -1,0 +1,52 @@
+"""What every model around the shared trunk has: diffusers' bookkeeping, fused inference, attention backends, adapters."""
+
+from __future__ import annotations
+
+from diffusers.configuration_utils import ConfigMixin
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.modeling_utils import ModelMixin
+from torch import nn
+
+from armm.transformer import ARTransformer
+
+__all__ = ["TrunkModel"]
+
+
+class TrunkModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
+    """A model with a `trunk` (`ARTransformer`) and a `head`. Subclasses add what turns a request into embeddings."""
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["Block"]
+    _repeated_blocks = ["Block"]
+    _skip_keys = ["cache"]
+    _skip_layerwise_casting_patterns = ["norm", "position_embedding", "token_embedding"]
+
+    trunk: ARTransformer
+    head: nn.Module
+
+    def __getattr__(self, name: str):
+        # Submodules only: diffusers would also look in the config, where an entry may have a submodule's name.
+        return nn.Module.__getattr__(self, name)
+
+    def fuse_projections(self) -> None:
+        """Prepare for fast inference; see `ARTransformer.fuse_projections`. Parameters keep their names."""
+        self.trunk.fuse_projections()
+        self.head.fuse()
+
+    def unfuse_projections(self) -> None:
+        self.trunk.unfuse_projections()
+        self.head.unfuse()
+
+    def set_attention_backend(self, backend: str) -> None:
+        self.trunk.set_attention_backend(backend)
+
+    def reset_attention_backend(self) -> None:
+        self.trunk.reset_attention_backend()
+
+    def add_adapter(self, *args, **kwargs) -> None:
+        self.unfuse_projections()
+        super().add_adapter(*args, **kwargs)
+
+    def load_lora_adapter(self, *args, **kwargs):
+        self.unfuse_projections()
+        return super().load_lora_adapter(*args, **kwargs)
