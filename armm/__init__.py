@@ -48,6 +48,9 @@ PUBLIC_NAMES: dict[str, str] = {
     "NoiseSource": "armm.decoding.sampling",
     "Guidance": "armm.decoding.guidance",
     "NextTokenDecoding": "armm.decoding.next_token",
+    "NeighboringDecoding": "armm.decoding.neighboring",
+    "ParallelGroupsDecoding": "armm.decoding.parallel_groups",
+    "TokenShuffleDecoding": "armm.decoding.token_shuffle",
     "DecodingOutput": "armm.decoding.base",
     # tokenizers
     "Codes": "tokenizers_visual.codes",

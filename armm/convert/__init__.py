@@ -19,7 +19,11 @@ from .containers import (
 )
 
 # Family -> the module with its `convert` and `load_single_file`.
-FAMILIES: dict[str, str] = {"llamagen": "armm.convert.llamagen"}
+FAMILIES: dict[str, str] = {
+    "llamagen": "armm.convert.llamagen",
+    "nar": "armm.convert.nar",
+    "par": "armm.convert.par",
+}
 
 __all__ = [
     "FAMILIES",
