@@ -15,9 +15,10 @@ from armm.decoding.guidance import Guidance
 from armm.decoding.orders import parallel_regions
 
 if TYPE_CHECKING:
+    from armm.condition import Condition
     from armm.model import AutoregressiveModel
 
-__all__ = ["ParallelGroupsDecoding", "SchedulerMixin", "group_mask"]
+__all__ = ["ParallelGroupsDecoding", "SchedulerMixin", "group_mask", "parallel_groups_logits"]
 
 
 class ParallelGroupsDecoding(GroupedDecoding):
@@ -50,13 +51,17 @@ class ParallelGroupsDecoding(GroupedDecoding):
             )
 
     def fed_index(self, model: AutoregressiveModel, grid: tuple[int, ...], groups: list[Tensor]) -> Tensor:
-        cells = model.prefix_slots + torch.cat(groups[:-1])
-        transition = torch.full((self.group_size - 1,), model.transition_index(grid))
-        return torch.cat([cells[: self.group_size], transition, cells[self.group_size :]])[: self._fed(groups)]
+        return self.sequence_index(model, grid)[model.prefix_slots : -len(groups[-1])]
 
-    def _fed(self, groups: list[Tensor]) -> int:
-        fed = sum(len(group) for group in groups[:-1])
-        return fed + (self.group_size - 1 if len(groups) > self.group_size else 0)
+    def sequence_index(self, model: AutoregressiveModel, grid: tuple[int, ...]) -> Tensor:
+        """Flat position ids of everything in order: prefix, single tokens, transition tokens, parallel groups.
+
+        A grid of one token per region has no parallel phase and no transition tokens.
+        """
+        prefix, size = model.prefix_slots, self.group_size
+        cells = prefix + parallel_regions(grid, self.regions)
+        transition = torch.full((size - 1 if len(cells) > size else 0,), model.transition_index(grid))
+        return torch.cat([torch.arange(prefix), cells[:size], transition, cells[size:]])
 
     def embeds(self, model: AutoregressiveModel, ids: Tensor, step: int) -> Tensor:
         embeds = model.embed(ids)
@@ -85,3 +90,23 @@ def group_mask(prefix: int, group_size: int, total: int, device: torch.device | 
     start = prefix + group_size - 1
     group = torch.where(place < start, place, start + (place - start).div(group_size, rounding_mode="floor"))
     return group[:, None] >= group[None, :]
+
+
+def parallel_groups_logits(
+    model: AutoregressiveModel, ids: Tensor, condition: Condition, regions: int, grid: Sequence[int] | None = None
+) -> Tensor:
+    """Teacher forcing: logits [B, N, V] of all cells in decode order, given all `ids` [B, N] in raster order."""
+    decoding = ParallelGroupsDecoding(regions)
+    grid = model.grid if grid is None else model.check_grid(grid)
+    decoding.check_model(model, grid)
+    size = decoding.group_size
+    embeds = model.embed(ids[:, parallel_regions(grid, regions).to(ids.device)])
+    if ids.shape[1] > size:
+        transition = model.transition_tokens.weight.expand(len(ids), -1, -1)
+        embeds = torch.cat([embeds[:, :size], transition, embeds[:, size:]], dim=1)
+    sequence = torch.cat([condition.embeds.to(embeds.dtype), embeds], dim=1)
+    index = decoding.sequence_index(model, grid).to(ids.device)
+    mask = group_mask(condition.length, size, embeds.shape[1], ids.device)
+    hidden = model.trunk(sequence, positions=model.positions_for(index, grid), mask=mask)
+    start = condition.length - 1
+    return model.logits(hidden[:, start : start + ids.shape[1]])
