@@ -52,6 +52,7 @@ PUBLIC_NAMES: dict[str, str] = {
     # tokenizers
     "Codes": "tokenizers_visual.codes",
     "VisualTokenizer": "tokenizers_visual.base",
+    "LARPTokenizer": "tokenizers_visual.larp",
     "VQTokenizer": "tokenizers_visual.vq_tokenizer",
 }
 
