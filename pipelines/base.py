@@ -230,9 +230,9 @@ class ARPipeline(DiffusionPipeline):
 
     def make_output(
         self, codes: Codes, output_type: str = "pil", *, return_dict: bool = True, output_codes: bool = False
-    ) -> ARPipelineOutput | ARVideoOutput | tuple[Any, ...]:
-        """What a call returns for `codes`: frames where `self.tokenizer` codes videos, else images. Ends the call: models are
-        offloaded again.
+    ) -> Any:
+        """What a call returns for `codes`: an `ARVideoOutput` where `self.tokenizer` codes videos, else an `ARPipelineOutput`.
+        Ends the call: models are offloaded again.
 
         Args:
             return_dict: False returns a tuple.

@@ -185,7 +185,9 @@ class LARPTokenizer(VisualTokenizer):
                 f"a video is exactly {expected[0]} codes of width {expected[1]} here, got {tuple(vectors.shape[1:])} for each."
             )
         latents = self.post_quant_proj(vectors.to(self.post_quant_proj.weight.dtype))
-        latents = latents + self._table("order", latents, lambda dim: sincos_table(torch.arange(expected[0], device="cpu"), dim))
+        latents = latents + self._table(
+            "order", latents, lambda dim: sincos_table(torch.arange(expected[0], device="cpu"), dim)
+        )
         queries = self._table("painted", latents, lambda dim: video_sincos_table(self._painted_grid, dim))
         queries = (queries + self.decoder_query_type.to(latents.dtype)).expand(len(latents), -1, -1)
         hidden = self.decoder(torch.cat([latents, queries], dim=1))[:, expected[0] :]
@@ -223,7 +225,9 @@ class LARPTokenizer(VisualTokenizer):
             )
         low, high = (float(value) for value in pixels.aminmax())
         if not (low >= -1.001 and high <= 1.001):  # also catches NaN
-            raise ValueError(f"`pixels` must lie in [-1, 1], got values from {low:g} to {high:g}: rescale or clamp them.")
+            raise ValueError(
+                f"`pixels` must lie in [-1, 1], got values from {low:g} to {high:g}: rescale or clamp them."
+            )
 
     def check_ids(self, codes: Codes) -> None:
         super().check_ids(codes)

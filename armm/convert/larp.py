@@ -159,7 +159,9 @@ def read_arguments(config: Mapping[str, Any], source: str, *, strict: bool = Tru
     An argument of an architecture that was not published is a ValueError, and so is an unknown one if `strict`.
     """
     if config.get("_class_name") == LARPTokenizer.__name__:
-        raise ValueError(f"{source} describes converted weights: load their folder with `LARPTokenizer.from_pretrained`.")
+        raise ValueError(
+            f"{source} describes converted weights: load their folder with `LARPTokenizer.from_pretrained`."
+        )
     flat = {key: value for key, value in config.items() if key != "bottleneck"}
     for coder in ("encoder", "decoder"):
         if flat.pop(f"{coder}_name", None) not in (None, "none"):
@@ -219,7 +221,9 @@ def tokenizer_arguments(state: Mapping[str, torch.Tensor], options: Mapping[str,
     codebook_size, codebook_dim = shape(state, "bottleneck.regularizer.embedding.weight", 2)
     in_channels, *patch = shape(state, "x_embedder.proj.weight", 5)[1:]
     if patch[1] != patch[2]:
-        raise CheckpointShapeError(f"x_embedder.proj.weight has patches of {patch[1]}x{patch[2]} pixels: expected squares.")
+        raise CheckpointShapeError(
+            f"x_embedder.proj.weight has patches of {patch[1]}x{patch[2]} pixels: expected squares."
+        )
     found: dict[str, Any] = {
         "num_tokens": shape(state, "encoder_latent_query_embed", 2)[0],
         "codebook_size": codebook_size,
