@@ -32,6 +32,8 @@ PUBLIC_NAMES: dict[str, str] = {
     # pipelines
     "ARPipeline": "pipelines.base",
     "LlamaGenPipeline": "pipelines.llamagen",
+    "NARPipeline": "pipelines.nar",
+    "PARPipeline": "pipelines.par",
     "UnifiedTextToImagePipeline": "pipelines.unified_text_to_image",
     "UnifiedImageToTextPipeline": "pipelines.unified_image_to_text",
     "UnifiedInpaintPipeline": "pipelines.unified_inpaint",
@@ -55,6 +57,7 @@ PUBLIC_NAMES: dict[str, str] = {
     # tokenizers
     "Codes": "tokenizers_visual.codes",
     "VisualTokenizer": "tokenizers_visual.base",
+    "LARPTokenizer": "tokenizers_visual.larp",
     "VQTokenizer": "tokenizers_visual.vq_tokenizer",
 }
 
