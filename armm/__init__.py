@@ -32,6 +32,7 @@ PUBLIC_NAMES: dict[str, str] = {
     # pipelines
     "ARPipeline": "pipelines.base",
     "LlamaGenPipeline": "pipelines.llamagen",
+    "VARPipeline": "pipelines.var",
     "UnifiedTextToImagePipeline": "pipelines.unified_text_to_image",
     "UnifiedImageToTextPipeline": "pipelines.unified_image_to_text",
     "UnifiedInpaintPipeline": "pipelines.unified_inpaint",
@@ -39,8 +40,10 @@ PUBLIC_NAMES: dict[str, str] = {
     "ARTransformer": "armm.transformer",
     "PositionTable": "armm.nn.positions",
     "AutoregressiveModel": "armm.model",
+    "NextScaleModel": "armm.next_scale_model",
     "Condition": "armm.condition",
     "CategoricalHead": "armm.heads.categorical",
+    "AdaptiveHead": "armm.heads.adaptive",
     "KVCache": "armm.cache",
     "attention_backend": "armm.nn.attention",
     # decoding
@@ -48,11 +51,13 @@ PUBLIC_NAMES: dict[str, str] = {
     "NoiseSource": "armm.decoding.sampling",
     "Guidance": "armm.decoding.guidance",
     "NextTokenDecoding": "armm.decoding.next_token",
+    "NextScaleDecoding": "armm.decoding.next_scale",
     "DecodingOutput": "armm.decoding.base",
     # tokenizers
     "Codes": "tokenizers_visual.codes",
     "VisualTokenizer": "tokenizers_visual.base",
     "VQTokenizer": "tokenizers_visual.vq_tokenizer",
+    "MultiScaleVQTokenizer": "tokenizers_visual.multi_scale_tokenizer",
 }
 
 # Public submodules reachable as attributes: `armm.zoo`, `armm.convert.llamagen`, ...

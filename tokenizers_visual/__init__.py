@@ -12,6 +12,8 @@ _PUBLIC = {
     "ConvDecoder": "tokenizers_visual.autoencoder",
     "VectorQuantizer": "tokenizers_visual.quantizers",
     "VQTokenizer": "tokenizers_visual.vq_tokenizer",
+    "MultiScaleQuantizer": "tokenizers_visual.multi_scale",
+    "MultiScaleVQTokenizer": "tokenizers_visual.multi_scale_tokenizer",
 }
 
 __all__ = sorted(_PUBLIC)

@@ -7,7 +7,6 @@ is known for the published sizes and comes from `config` otherwise.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import re
@@ -25,6 +24,10 @@ from tokenizers_visual.vq_tokenizer import VQTokenizer
 
 from .containers import CheckpointKeysError, CheckpointShapeError, load_state_dict
 from .keymap import Rule, apply_rules, load_strict, split_qkv, squeeze_convolution
+from .shapes import compare as _compare
+from .shapes import count as _count
+from .shapes import read_options
+from .shapes import shape as _shape
 
 logger = logging.getLogger(__name__)
 
@@ -152,12 +155,12 @@ def convert_state_dict(
 ) -> AutoregressiveModel | VQTokenizer:
     """Like `convert`, from tensors under the authors' names. `name` is the file's, which may say the size of the images."""
     if "quantize.embedding.weight" in state:
-        options = _read_options(config, _TOKENIZER_OPTIONS)
+        options = read_options(config, _TOKENIZER_OPTIONS, _OPTION_NAMES)
         with init_empty_weights():
             model = VQTokenizer(**tokenizer_arguments(state, options))
         return load_strict(model, apply_rules(state, TOKENIZER_RULES), TOKENIZER_RULES, dtype=dtype)
     if "tok_embeddings.weight" in state:
-        options = _read_options(config, _TRANSFORMER_OPTIONS)
+        options = read_options(config, _TRANSFORMER_OPTIONS, _OPTION_NAMES)
         arguments = transformer_arguments(state, options)
         trunk = arguments["transformer"]
         head_dim = trunk["dim"] // trunk["num_heads"]
@@ -331,47 +334,3 @@ def preset_of(transformer: AutoregressiveModel) -> dict[str, Any]:
     if transformer.condition_type == "class":
         return {"guidance_scale": 4.0, "temperature": 1.0, "top_k": 2000, "top_p": 1.0}
     return {"guidance_scale": 7.5, "temperature": 1.0, "top_k": 1000, "top_p": 1.0}
-
-
-def _read_options(config: Any, known: set[str]) -> dict[str, Any]:
-    if config is None:
-        return {}
-    if isinstance(config, (str, Path)):
-        path = Path(config)
-        try:
-            config = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"`config` {path} is not a readable JSON file ({error}).") from error
-    if not isinstance(config, Mapping):
-        raise TypeError(f"`config` must be a dict or the path of a JSON file with one, got {type(config).__name__}.")
-    options = {str(_OPTION_NAMES.get(key, key)): value for key, value in config.items() if value is not None}
-    unknown = sorted(set(options) - known)
-    if unknown:
-        raise ValueError(f"unknown `config` options {', '.join(unknown)}: choose from {', '.join(sorted(known))}.")
-    return options
-
-
-def _compare(options: Mapping[str, Any], found: Mapping[str, Any]) -> None:
-    for name, value in found.items():
-        given = options.get(name, value)
-        given = list(given) if isinstance(given, (list, tuple)) else given
-        if given != value:
-            raise CheckpointShapeError(f"`config` says {name} = {given}, but the tensors of the file say {value}.")
-
-
-def _shape(state: Mapping[str, torch.Tensor], name: str, ndim: int) -> tuple[int, ...]:
-    if name not in state:
-        raise CheckpointKeysError(f"the checkpoint lacks {name}.", missing=[name])
-    shape = tuple(state[name].shape)
-    if len(shape) != ndim:
-        raise CheckpointShapeError(f"{name} must have {ndim} dimensions, got shape {shape}.")
-    return shape
-
-
-def _count(state: Mapping[str, torch.Tensor], pattern: str) -> int:
-    numbers = {int(match[1]) for name in state if (match := re.match(pattern, name))}
-    if numbers != set(range(len(numbers))) or not numbers:
-        expected = pattern.replace("\\", "").replace("(d+)", "N")
-        missing = sorted(set(range(max(numbers, default=0) + 1)) - numbers)
-        raise CheckpointKeysError(f"the checkpoint lacks tensors {expected}* for N = {missing}.", missing=[expected])
-    return len(numbers)

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 from armm.decoding.base import DecodingOutput, TokenStream
 from armm.decoding.guidance import Guidance
+from armm.decoding.next_scale import NextScaleDecoding, NextScaleOutput, scale_masks
 from armm.decoding.next_token import NextTokenDecoding
 from armm.decoding.sampling import NoiseSource, Sampler, top_k_filter, top_p_filter
 from armm.decoding.text import TextOutput, decode_text
 
 # name -> strategy class; each is a component that a pipeline saves and swaps like a scheduler
-DECODING_STRATEGIES = {"next_token": NextTokenDecoding}
+DECODING_STRATEGIES = {"next_token": NextTokenDecoding, "next_scale": NextScaleDecoding}
 
 __all__ = [
     "DECODING_STRATEGIES",
     "DecodingOutput",
     "Guidance",
+    "NextScaleDecoding",
+    "NextScaleOutput",
     "NextTokenDecoding",
     "NoiseSource",
     "Sampler",
     "TextOutput",
     "TokenStream",
     "decode_text",
+    "scale_masks",
     "top_k_filter",
     "top_p_filter",
 ]

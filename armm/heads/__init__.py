@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from armm.heads.adaptive import AdaptiveHead
 from armm.heads.categorical import CategoricalHead
 
-__all__ = ["CategoricalHead"]
+__all__ = ["AdaptiveHead", "CategoricalHead"]
