@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from diffusers.configuration_utils import register_to_config
+from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
@@ -16,7 +17,7 @@ from armm.nn.masks import block_causal_mask
 from armm.nn.positions import PositionTable
 from armm.transformer import ARTransformer
 
-__all__ = ["NextScaleModel"]
+__all__ = ["ModelMixin", "NextScaleModel"]
 
 
 class NextScaleModel(TrunkModel):

@@ -263,16 +263,14 @@ def tokenizer_arguments(state: Mapping[str, torch.Tensor], options: Mapping[str,
         shared = 0
     own = count(state, r"quantize\.quant_resi\.(\d+)\.") if refined and not shared else None
     steps = own or (state["quantize.ema_vocab_hit_SV"].shape[0] if "quantize.ema_vocab_hit_SV" in state else None)
-    if "scales" in options:
-        scales: tuple[int, ...] | None = check_scales(options["scales"])
-        if own and own != len(scales):
-            raise CheckpointShapeError(f"`config` says scales = {list(scales)}, but the file has {own} of them.")
-    else:
-        scales = next((known for known in PUBLISHED_SCALES if steps in (None, len(known))), None)
-        if scales is None:
-            raise ValueError(
-                f"the file does not say the sizes of its {steps} token maps: pass config={{'v_patch_nums': [...]}}."
-            )
+    published = next((known for known in PUBLISHED_SCALES if steps in (None, len(known))), None)
+    if "scales" not in options and published is None:
+        raise ValueError(
+            f"the file does not say the sizes of its {steps} token maps: pass config={{'v_patch_nums': [...]}}."
+        )
+    scales = check_scales(options.get("scales", published))
+    if own and own != len(scales):
+        raise CheckpointShapeError(f"`config` says scales = {list(scales)}, but the file has {own} of them.")
     found = {
         **coder_sizes(state),
         "latent_channels": latent_channels,
@@ -316,9 +314,10 @@ def load_single_file(
         return dtype.get(name, dtype.get("default")) if isinstance(dtype, dict) else dtype
 
     local = resolve_file(path, **hub_options)
-    transformer = convert(local, config=config, dtype=dtype_of("transformer"), use_ema=use_ema)
-    if not isinstance(transformer, NextScaleModel):
+    state = load_state_dict(local, use_ema=use_ema, keys=TRAINER_KEYS["transformer"])
+    if "quantize.embedding.weight" in state:
         raise ValueError(f"{path} holds a tokenizer, not a transformer: pass it as `tokenizer=`.")
+    transformer = convert_state_dict(state, config=config, dtype=dtype_of("transformer"))
     if not isinstance(tokenizer, MultiScaleVQTokenizer):
         source = path if tokenizer is None else tokenizer
         file = local if tokenizer is None else resolve_file(tokenizer, **hub_options)

@@ -155,7 +155,7 @@ class NextScaleDecoding(SchedulerMixin, ConfigMixin):
             if callback is not None:
                 replacement = callback(step, ids[:, :stop], features)
                 if replacement is not None:
-                    ids[:, :stop] = replacement
+                    ids[:, start:stop] = replacement[:, start:stop]
                     features = quantizer.accumulate(before, ids[:, start:stop], step, scales)
                 wake(model)  # the callback may have decoded a preview, which swaps models under offloading
             start = stop
