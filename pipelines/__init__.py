@@ -11,6 +11,7 @@ _PUBLIC = {
     "ARTextOutput": "pipelines.outputs",
     "ARVideoOutput": "pipelines.outputs",
     "LlamaGenPipeline": "pipelines.llamagen",
+    "VARPipeline": "pipelines.var",
     "UnifiedTextToImagePipeline": "pipelines.unified_text_to_image",
     "UnifiedImageToTextPipeline": "pipelines.unified_image_to_text",
     "UnifiedInpaintPipeline": "pipelines.unified_inpaint",

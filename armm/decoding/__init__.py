@@ -5,6 +5,7 @@ from __future__ import annotations
 from armm.decoding.base import DecodingOutput, TokenStream
 from armm.decoding.guidance import Guidance
 from armm.decoding.neighboring import NeighboringDecoding
+from armm.decoding.next_scale import NextScaleDecoding, NextScaleOutput, scale_masks
 from armm.decoding.next_token import NextTokenDecoding
 from armm.decoding.parallel_groups import ParallelGroupsDecoding
 from armm.decoding.sampling import NoiseSource, Sampler, top_k_filter, top_p_filter
@@ -17,6 +18,7 @@ DECODING_STRATEGIES = {
     "neighboring": NeighboringDecoding,
     "parallel_groups": ParallelGroupsDecoding,
     "token_shuffle": TokenShuffleDecoding,
+    "next_scale": NextScaleDecoding,
 }
 
 __all__ = [
@@ -24,6 +26,8 @@ __all__ = [
     "DecodingOutput",
     "Guidance",
     "NeighboringDecoding",
+    "NextScaleDecoding",
+    "NextScaleOutput",
     "NextTokenDecoding",
     "NoiseSource",
     "ParallelGroupsDecoding",
@@ -32,6 +36,7 @@ __all__ = [
     "TokenShuffleDecoding",
     "TokenStream",
     "decode_text",
+    "scale_masks",
     "top_k_filter",
     "top_p_filter",
 ]

@@ -7,10 +7,11 @@ from typing import Any
 
 from torch import nn
 
+from armm.heads.adaptive import AdaptiveHead
 from armm.heads.categorical import CategoricalHead
 from armm.heads.neighboring import NeighboringHead
 
-__all__ = ["HEADS", "CategoricalHead", "NeighboringHead", "build_head"]
+__all__ = ["HEADS", "AdaptiveHead", "CategoricalHead", "NeighboringHead", "build_head"]
 
 # name in a model's config -> class
 HEADS: dict[str, Callable[..., nn.Module]] = {"categorical": CategoricalHead, "neighboring": NeighboringHead}
