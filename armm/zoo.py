@@ -104,6 +104,24 @@ def _var(depth: int, size: int, parameters: float, figures: dict[str, float]) ->
     )
 
 
+def _par(size: str, group: int, parameters: float, guidance: float, fid: float) -> ZooEntry:
+    return ZooEntry(
+        f"par-c2i-{size.lower()}-{group}x",
+        family="par",
+        task="class-to-image",
+        repo="Epiphqny/PAR",
+        file=f"PAR-{size}-{group}x.pt",
+        parameters=parameters,
+        licence="none stated",
+        image_size=384,
+        tokenizer="llamagen-vq-ds16-c2i",
+        generation_config={"guidance_scale": guidance, "temperature": 1.0, "top_k": 0, "top_p": 1.0},
+        figures={_FID: fid},
+        config={"grid": [24, 24]},
+        paper="2412.15119",
+    )
+
+
 _FID = "FID 256x256 (ImageNet)"
 _ENTRIES = (
     _vq("llamagen-vq-ds16-c2i", _C2I_REPO, "vq_ds16_c2i.pt", 72, {"rFID 256x256 (ImageNet val)": 2.19}),
@@ -118,6 +136,10 @@ _ENTRIES = (
     _c2i("3B", 384, 3096.7, 1.65, {_FID: 2.18, "IS": 263.3}),
     _t2i(1, 256),
     _t2i(2, 512),
+    _par("XL", 4, 774.7, 1.5, 2.61),
+    _par("XXL", 4, 1411.0, 1.435, 2.35),
+    _par("3B", 4, 3096.7, 1.345, 2.29),
+    _par("3B", 16, 3096.7, 1.5, 2.88),
     ZooEntry("var-vae", task="tokenizer", repo=_VAR_REPO, file="vae_ch160v4096z32.pth", parameters=108.9, **_VAR),
     _var(16, 256, 310.3, {_FID: 3.55}),
     _var(20, 256, 600.9, {_FID: 2.95}),
