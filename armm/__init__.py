@@ -32,6 +32,7 @@ PUBLIC_NAMES: dict[str, str] = {
     # pipelines
     "ARPipeline": "pipelines.base",
     "LlamaGenPipeline": "pipelines.llamagen",
+    "ELMPipeline": "pipelines.elm",
     "UnifiedTextToImagePipeline": "pipelines.unified_text_to_image",
     "UnifiedImageToTextPipeline": "pipelines.unified_image_to_text",
     "UnifiedInpaintPipeline": "pipelines.unified_inpaint",
@@ -48,11 +49,13 @@ PUBLIC_NAMES: dict[str, str] = {
     "NoiseSource": "armm.decoding.sampling",
     "Guidance": "armm.decoding.guidance",
     "NextTokenDecoding": "armm.decoding.next_token",
+    "MaskedTokenDecoding": "armm.decoding.masked_tokens",
     "DecodingOutput": "armm.decoding.base",
     # tokenizers
     "Codes": "tokenizers_visual.codes",
     "VisualTokenizer": "tokenizers_visual.base",
     "VQTokenizer": "tokenizers_visual.vq_tokenizer",
+    "BinaryTokenizer": "tokenizers_visual.binary_tokenizer",
 }
 
 # Public submodules reachable as attributes: `armm.zoo`, `armm.convert.llamagen`, ...

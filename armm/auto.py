@@ -23,7 +23,10 @@ TASKS: dict[str, tuple[str, str, str]] = {
     "inpainting": ("pipelines.unified_inpaint", "UnifiedInpaintPipeline", "scenes"),
 }
 # Family -> (module, pipeline class).
-FAMILY_PIPELINES: dict[str, tuple[str, str]] = {"llamagen": ("pipelines.llamagen", "LlamaGenPipeline")}
+FAMILY_PIPELINES: dict[str, tuple[str, str]] = {
+    "llamagen": ("pipelines.llamagen", "LlamaGenPipeline"),
+    "elm": ("pipelines.elm", "ELMPipeline"),
+}
 _HUB_OPTIONS = ("revision", "cache_dir", "local_files_only", "force_download", "token")
 
 

@@ -9,6 +9,7 @@ _PUBLIC = {
     "ARPipeline": "pipelines.base",
     "ARPipelineOutput": "pipelines.outputs",
     "ARTextOutput": "pipelines.outputs",
+    "ELMPipeline": "pipelines.elm",
     "LlamaGenPipeline": "pipelines.llamagen",
     "UnifiedTextToImagePipeline": "pipelines.unified_text_to_image",
     "UnifiedImageToTextPipeline": "pipelines.unified_image_to_text",

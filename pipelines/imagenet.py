@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import difflib
 from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
 
 
 @lru_cache(maxsize=1)
@@ -33,3 +37,26 @@ def class_index(name: str) -> int:
     near = difflib.get_close_matches(name.strip().lower(), names, n=3, cutoff=0.5)
     hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else " Give a class number instead."
     raise ValueError(f"`class_labels`: no ImageNet class is called {name!r}.{hint}")
+
+
+def class_indices(class_labels: Any, classes: int) -> list[int]:
+    """`class_labels` (numbers, ImageNet names, or a tensor) as checked indices of a model with so many `classes`."""
+    if isinstance(class_labels, (torch.Tensor, np.ndarray)):
+        class_labels = class_labels.tolist()
+    labels = list(class_labels) if isinstance(class_labels, (list, tuple)) else [class_labels]
+    if not labels:
+        raise ValueError("`class_labels` is empty: give at least one class.")
+    indices = []
+    for label in labels:
+        if isinstance(label, str):
+            if classes != 1000:
+                raise ValueError(
+                    f"class names are known for ImageNet's 1000 classes; this checkpoint has {classes}: give numbers."
+                )
+            label = class_index(label)
+        if isinstance(label, bool) or not isinstance(label, (int, np.integer)):
+            raise TypeError(f"`class_labels` must be class numbers or names, got {label!r}.")
+        if not 0 <= label < classes:
+            raise ValueError(f"`class_labels` must lie between 0 and {classes - 1}, got {label}.")
+        indices.append(int(label))
+    return indices

@@ -20,7 +20,7 @@ from armm.model import AutoregressiveModel
 from tokenizers_visual.codes import Codes
 from tokenizers_visual.vq_tokenizer import VQTokenizer
 
-from .imagenet import class_index
+from .imagenet import class_indices
 from .outputs import ARPipelineOutput
 from .t5 import T5PromptPipeline
 
@@ -135,26 +135,7 @@ class LlamaGenPipeline(T5PromptPipeline):
 
     def class_indices(self, class_labels: Any) -> list[int]:
         """`class_labels` (numbers, ImageNet names, or a tensor) as checked class indices."""
-        classes = self.transformer.condition_embedding.num_classes
-        if isinstance(class_labels, (torch.Tensor, np.ndarray)):
-            class_labels = class_labels.tolist()
-        labels = list(class_labels) if isinstance(class_labels, (list, tuple)) else [class_labels]
-        if not labels:
-            raise ValueError("`class_labels` is empty: give at least one class.")
-        indices = []
-        for label in labels:
-            if isinstance(label, str):
-                if classes != 1000:
-                    raise ValueError(
-                        f"class names are known for ImageNet's 1000 classes; this checkpoint has {classes}: give numbers."
-                    )
-                label = class_index(label)
-            if isinstance(label, bool) or not isinstance(label, (int, np.integer)):
-                raise TypeError(f"`class_labels` must be class numbers or names, got {label!r}.")
-            if not 0 <= label < classes:
-                raise ValueError(f"`class_labels` must lie between 0 and {classes - 1}, got {label}.")
-            indices.append(int(label))
-        return indices
+        return class_indices(class_labels, self.transformer.condition_embedding.num_classes)
 
     @torch.no_grad()
     @replace_example_docstring(EXAMPLE_DOC_STRING)

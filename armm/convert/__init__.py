@@ -19,7 +19,7 @@ from .containers import (
 )
 
 # Family -> the module with its `convert` and `load_single_file`.
-FAMILIES: dict[str, str] = {"llamagen": "armm.convert.llamagen"}
+FAMILIES: dict[str, str] = {"llamagen": "armm.convert.llamagen", "elm": "armm.convert.elm"}
 
 __all__ = [
     "FAMILIES",

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from armm.decoding.base import DecodingOutput, TokenStream
 from armm.decoding.guidance import Guidance
+from armm.decoding.masked_tokens import MaskedTokenDecoding
 from armm.decoding.next_token import NextTokenDecoding
 from armm.decoding.sampling import NoiseSource, Sampler, top_k_filter, top_p_filter
 from armm.decoding.text import TextOutput, decode_text
 
 # name -> strategy class; each is a component that a pipeline saves and swaps like a scheduler
-DECODING_STRATEGIES = {"next_token": NextTokenDecoding}
+DECODING_STRATEGIES = {"next_token": NextTokenDecoding, "masked_tokens": MaskedTokenDecoding}
 
 __all__ = [
     "DECODING_STRATEGIES",
     "DecodingOutput",
     "Guidance",
+    "MaskedTokenDecoding",
     "NextTokenDecoding",
     "NoiseSource",
     "Sampler",

@@ -67,7 +67,7 @@ class TokenStream:
         self.cache = self.trunk.allocate_cache(prefix.batch, self.length + fed)
         self.bias: Tensor | None = None
         self.num_calls = 0
-        self.embed = model.token_embedding
+        self.embed = model.embed
 
     def prefill(self) -> Tensor:
         """Run the prefix: hidden state of its last position [R, D]."""

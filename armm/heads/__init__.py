@@ -2,6 +2,31 @@
 
 from __future__ import annotations
 
-from armm.heads.categorical import CategoricalHead
+from collections.abc import Callable, Mapping
+from typing import Any
 
-__all__ = ["CategoricalHead"]
+from torch import nn
+
+from armm.heads.categorical import CategoricalHead
+from armm.heads.tied import TiedHead
+
+__all__ = ["HEADS", "CategoricalHead", "TiedHead", "build_head"]
+
+# name in a model's config -> class
+HEADS: dict[str, Callable[..., nn.Module]] = {"categorical": CategoricalHead, "tied": TiedHead}
+
+
+def build_head(config: Mapping[str, Any] | None, dim: int, vocab_size: int, bias: bool = False) -> nn.Module:
+    """The head that a config names, `{"type": ..., **arguments}`; None is a plain categorical head.
+
+    Raises:
+        ValueError: unknown type or arguments.
+    """
+    options = dict(config or {"type": "categorical"})
+    kind = options.pop("type", None)
+    if kind not in HEADS:
+        raise ValueError(f"head type must be one of {sorted(HEADS)}, got {kind!r}")
+    try:
+        return HEADS[kind](dim, vocab_size, bias=bias, **options)
+    except TypeError as error:
+        raise ValueError(f"head of type {kind!r}: {error}") from error
