@@ -50,6 +50,9 @@ PUBLIC_NAMES: dict[str, str] = {
     "Guidance": "armm.decoding.guidance",
     "NextTokenDecoding": "armm.decoding.next_token",
     "MaskedTokenDecoding": "armm.decoding.masked_tokens",
+    "NeighboringDecoding": "armm.decoding.neighboring",
+    "ParallelGroupsDecoding": "armm.decoding.parallel_groups",
+    "TokenShuffleDecoding": "armm.decoding.token_shuffle",
     "DecodingOutput": "armm.decoding.base",
     # tokenizers
     "Codes": "tokenizers_visual.codes",

@@ -19,7 +19,12 @@ from .containers import (
 )
 
 # Family -> the module with its `convert` and `load_single_file`.
-FAMILIES: dict[str, str] = {"llamagen": "armm.convert.llamagen", "elm": "armm.convert.elm"}
+FAMILIES: dict[str, str] = {
+    "elm": "armm.convert.elm",
+    "llamagen": "armm.convert.llamagen",
+    "nar": "armm.convert.nar",
+    "par": "armm.convert.par",
+}
 
 __all__ = [
     "FAMILIES",

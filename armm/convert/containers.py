@@ -21,8 +21,8 @@ import torch
 logger = logging.getLogger(__name__)
 
 # Keys under which trainers put the weights, in the order in which they are tried; a flat file has none of them.
-WEIGHT_KEYS = ("model", "module", "state_dict", "model_state_dict")
-EMA_KEYS = ("ema", "model_ema", "ema_state_dict")
+WEIGHT_KEYS = ("model", "module", "state_dict", "model_state_dict", "sd")
+EMA_KEYS = ("ema", "model_ema", "ema_state_dict", "ema_sd")
 # Wrappers add these in front of every name.
 WRAPPER_PREFIXES = ("module.", "_orig_mod.", "_fsdp_wrapped_module.")
 # Harmless classes found in published files. Everything else that is not a tensor or plain data is refused.
@@ -74,13 +74,33 @@ def load_state_dict(path: Any, *, use_ema: bool = False) -> dict[str, torch.Tens
 
     Tensors may be backed by the file itself (memory mapping): copy what outlives it.
     """
-    path = Path(path)
+    return strip_prefixes(unwrap(_read(Path(path)), path, use_ema=use_ema))
+
+
+def load_arguments(path: Any) -> dict[str, Any]:
+    """The constructor arguments that a trainer stored beside the weights in `path` (under "args"); empty where there are none."""
+    content = _read(Path(path))
+    for _ in range(3):
+        if not isinstance(content, Mapping):
+            break
+        arguments = content.get("args")
+        if isinstance(arguments, argparse.Namespace):
+            return vars(arguments)
+        if isinstance(arguments, Mapping):
+            return dict(arguments)
+        key = _weights_key(content, path, False)
+        if key is None:
+            break
+        content = content[key]
+    return {}
+
+
+def _read(path: Path) -> Any:
     if path.is_dir():
         raise UnreadableCheckpointError(f"{path} is a directory, not a checkpoint file.")
     if not path.is_file():
         raise UnreadableCheckpointError(f"there is no checkpoint file {path}.")
-    content = _read_safetensors(path) if _is_safetensors(path) else _read_pickle(path)
-    return strip_prefixes(unwrap(content, path, use_ema=use_ema))
+    return _read_safetensors(path) if _is_safetensors(path) else _read_pickle(path)
 
 
 def _is_safetensors(path: Path) -> bool:

@@ -21,10 +21,11 @@ from armm.hub import resolve_file
 from armm.model import AutoregressiveModel
 from tokenizers_visual.binary_tokenizer import BinaryTokenizer
 
+from . import llamagen
 from .containers import CheckpointKeysError, CheckpointShapeError, load_state_dict
 from .elm_tokenizer import tokenizer_layout
-from .keymap import Rule, apply_rules, load_strict, split_qkv
-from .llamagen import _compare, _count, _read_options, _shape
+from .facts import compare, count, read_options, shape
+from .keymap import Rule, apply_rules, load_strict
 
 # (width, layers) -> heads of the sizes the authors defined: L, XL, XXL, 2B.
 PUBLISHED_HEADS: dict[tuple[int, int], int] = {(1024, 24): 16, (1280, 36): 20, (1536, 48): 24, (1792, 48): 28}
@@ -36,23 +37,10 @@ _TOKENIZER_OPTIONS = {
     "token_each", "code_dim", "codebook_size", "emb_dim", "nf", "ch_mult", "n_channels", "norm_first", "use_tanh", "norm_groups",
 }  # fmt: skip
 
-_BLOCK, _OURS = "layers.{i}.", "trunk.blocks.{i}."
+# The blocks are LlamaGen's.
 _SHARED_RULES: tuple[Rule, ...] = (
-    Rule("freqs_cis", None),  # the rotary table, recomputed
-    Rule("cls_embedding.embedding_table.weight", "condition_embedding.embedding.weight"),
     Rule("tok_embedder.weight", "token_embedding.weight"),
-    Rule(
-        _BLOCK + "attention.wqkv.weight",
-        tuple(_OURS + f"attention.{part}.weight" for part in ("to_q", "to_k", "to_v")),
-        split_qkv,
-    ),
-    Rule(_BLOCK + "attention.wo.weight", _OURS + "attention.to_out.weight"),
-    Rule(_BLOCK + "feed_forward.w1.weight", _OURS + "mlp.gate.weight"),
-    Rule(_BLOCK + "feed_forward.w3.weight", _OURS + "mlp.up.weight"),
-    Rule(_BLOCK + "feed_forward.w2.weight", _OURS + "mlp.down.weight"),
-    Rule(_BLOCK + "attention_norm.weight", _OURS + "attention_norm.weight"),
-    Rule(_BLOCK + "ffn_norm.weight", _OURS + "mlp_norm.weight"),
-    Rule("norm.weight", "trunk.norm.weight"),
+    *(rule for rule in llamagen.TRANSFORMER_RULES if rule.source not in ("tok_embeddings.weight", "output.weight")),
 )
 AUTOREGRESSIVE_RULES: tuple[Rule, ...] = (
     *_SHARED_RULES,
@@ -100,22 +88,22 @@ def convert_state_dict(
 ) -> AutoregressiveModel | BinaryTokenizer:
     """Like `convert`, from tensors under the authors' names."""
     if any(name.startswith(("ae.quantize.", "quantize.")) for name in state):
-        options = _read_options(config, _TOKENIZER_OPTIONS)
+        options = read_options(config, llamagen.OPTION_NAMES, _TOKENIZER_OPTIONS)
         state = autoencoder_only(state)
         arguments, rules = tokenizer_layout(state, options)
         with init_empty_weights():
             tokenizer = BinaryTokenizer(**arguments)
         return load_strict(tokenizer, apply_rules(state, rules), rules, dtype=dtype)
     if "tok_embedder.weight" in state or "tok_embedder.0.weight" in state:
-        options = _read_options(config, _TRANSFORMER_OPTIONS)
+        options = read_options(config, llamagen.OPTION_NAMES, _TRANSFORMER_OPTIONS)
         masked = any(name.startswith("mlm_layer.") for name in state)
         rules = MASKED_RULES if masked else AUTOREGRESSIVE_RULES
         arguments = masked_arguments(state, options) if masked else autoregressive_arguments(state, options)
         state = state if masked else join_sub_codes(state)
         with init_empty_weights():
             model = AutoregressiveModel(**arguments)
-        rows = (arguments["transformer"]["dim"],) * 3
-        return load_strict(model, apply_rules(state, rules, {"qkv_rows": rows}), rules, dtype=dtype)
+        context = {"qkv_rows": llamagen.qkv_rows(arguments["transformer"])}
+        return load_strict(model, apply_rules(state, rules, context), rules, dtype=dtype)
     missing = ["tok_embedder.weight", "tok_embedder.0.weight", "ae.quantize.embed.weight"]
     raise CheckpointKeysError(
         "this is no ELM checkpoint: it holds neither 'tok_embedder' (a transformer) nor 'quantize' (a tokenizer), but "
@@ -140,72 +128,46 @@ def join_sub_codes(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]
     return joined
 
 
-def _trunk_arguments(state: Mapping[str, torch.Tensor], options: Mapping[str, Any]) -> dict[str, Any]:
-    dim, columns = _shape(state, "layers.0.attention.wo.weight", 2)
-    num_layers = _count(state, r"layers\.(\d+)\.")
-    num_heads = options.get("num_heads", PUBLISHED_HEADS.get((dim, num_layers)))
-    if num_heads is None:
-        raise ValueError(
-            f"a transformer {dim} wide with {num_layers} layers is none of the published sizes, and the file does not say how many "
-            "attention heads it has: pass config={'num_heads': ...}."
-        )
-    if not isinstance(num_heads, int) or num_heads < 1 or dim % num_heads or (dim // num_heads) % 4:
-        raise ValueError(f"`num_heads` must divide the width {dim} into heads of a multiple of 4, got {num_heads!r}.")
+def _shared_arguments(state: Mapping[str, torch.Tensor], options: Mapping[str, Any], table: str) -> dict[str, Any]:
+    """What a transformer has in common with LlamaGen's: the trunk, the classes and the grid; `table` is its first embedding."""
     if options.get("pos_type", "rope2d") != "rope2d":
         raise ValueError(f"`pos_type` must be 'rope2d', the only one that was published, got {options['pos_type']!r}.")
-    _compare(options, {"dim": dim, "num_layers": num_layers})
-    return {
-        "dim": dim,
-        "num_layers": num_layers,
-        "num_heads": num_heads,
-        "mlp": "swiglu",
-        "mlp_hidden": _shape(state, "layers.0.feed_forward.w1.weight", 2)[0],
-        "norm": "rms",
-        "norm_eps": options.get("norm_eps", 1e-5),
-        "rotary_axes": [dim // num_heads // 2] * 2,
-        "rotary_theta": float(options.get("rotary_theta", 10000)),
-        "rotary_layout": "interleaved",
-    }
-
-
-def _class_condition(state: Mapping[str, torch.Tensor], options: Mapping[str, Any]) -> dict[str, Any]:
-    num_classes = _shape(state, "cls_embedding.embedding_table.weight", 2)[0] - 1
-    _compare(options, {"num_classes": num_classes})
-    return {"type": "class", "num_classes": num_classes}
+    shape(state, "cls_embedding.embedding_table.weight", 2)
+    shared = {name: value for name, value in options.items() if name in llamagen.TRANSFORMER_OPTIONS}
+    renamed = {**state, "tok_embeddings.weight": state[table]}
+    return {**llamagen.transformer_arguments(renamed, shared, PUBLISHED_HEADS), "grid": grid_of(options)}
 
 
 def autoregressive_arguments(state: Mapping[str, torch.Tensor], options: Mapping[str, Any]) -> dict[str, Any]:
     """Init arguments of `AutoregressiveModel` for the tensors of an autoregressive transformer."""
     sub_codes = 1
     if "tok_embedder.weight" not in state:
-        sub_codes = _count(state, r"tok_embedder\.(\d+)\.weight")
-        heads = _count(state, r"output\.(\d+)\.weight")
+        sub_codes = count(state, r"tok_embedder\.(\d+)\.weight")
+        heads = count(state, r"output\.(\d+)\.weight")
         if heads != sub_codes:
             raise CheckpointShapeError(f"the checkpoint has {sub_codes} tables 'tok_embedder' but {heads} heads 'output'.")
-        shapes = {_shape(state, f"{part}.{i}.weight", 2) for part in ("tok_embedder", "output") for i in range(sub_codes)}
+        shapes = {shape(state, f"{part}.{i}.weight", 2) for part in ("tok_embedder", "output") for i in range(sub_codes)}
         if len(shapes) > 1:
             raise CheckpointShapeError(f"the sub-codes' tables and heads differ in shape: {sorted(shapes)}.")
-    vocab_size = _shape(state, "tok_embedder.weight" if sub_codes == 1 else "tok_embedder.0.weight", 2)[0]
-    _compare(options, {"token_each": sub_codes, "code_dim": _bits_of(vocab_size)})
-    return {
-        "vocab_size": vocab_size,
-        "sub_codes": sub_codes,
-        "condition": _class_condition(state, options),
-        "grid": grid_of(options),
-        "transformer": _trunk_arguments(state, options),
-    }
+    arguments = _shared_arguments(state, options, "tok_embedder.weight" if sub_codes == 1 else "tok_embedder.0.weight")
+    compare(options, {"token_each": sub_codes, "code_dim": _bits_of(arguments["vocab_size"])})
+    return {**arguments, "sub_codes": sub_codes}
 
 
 def masked_arguments(state: Mapping[str, torch.Tensor], options: Mapping[str, Any]) -> dict[str, Any]:
     """Init arguments of `AutoregressiveModel` for the tensors of a masked transformer."""
-    vocab_size, dim = _shape(state, "tok_embedder.weight", 2)
-    vocab_size -= 1
     sub_codes = 1
-    if "proj.weight" in state:  # not used, but it tells
-        sub_codes = _shape(state, "proj.weight", 2)[1] // dim
-    _compare(options, {"token_each": sub_codes, "code_dim": _bits_of(vocab_size)})
-    tokens = _shape(state, "pos_embed.weight", 2)[0] if "pos_embed.weight" in state else None
+    # Two tensors that the model does not use, but which tell its sizes.
+    if "proj.weight" in state:
+        rows, columns = shape(state, "proj.weight", 2)
+        sub_codes = columns // rows
+    if "pos_embed.weight" in state:
+        options = {"block_size": shape(state, "pos_embed.weight", 2)[0], **options}
+    arguments = _shared_arguments(state, options, "tok_embedder.weight")
+    vocab_size = arguments["vocab_size"] - 1
+    compare(options, {"token_each": sub_codes, "code_dim": _bits_of(vocab_size)})
     return {
+        **arguments,
         "vocab_size": vocab_size,
         "sub_codes": sub_codes,
         "sub_code_layout": "sequence",
@@ -213,9 +175,6 @@ def masked_arguments(state: Mapping[str, torch.Tensor], options: Mapping[str, An
         "causal": False,
         "head": {"type": "tied"},
         "head_bias": True,
-        "condition": _class_condition(state, options),
-        "grid": grid_of({"block_size": tokens, **options} if tokens else options),
-        "transformer": _trunk_arguments(state, options),
     }
 
 
@@ -259,22 +218,18 @@ def load_single_file(
         generation_config: settings that replace the family's preset.
         hub_options: `revision`, `cache_dir`, `local_files_only`, `token` for files on the hub.
     """
-
-    def dtype_of(name: str) -> torch.dtype | None:
-        return dtype.get(name, dtype.get("default")) if isinstance(dtype, dict) else dtype
-
     transformer = convert(
-        resolve_file(path, **hub_options), config=config, dtype=dtype_of("transformer"), use_ema=use_ema
+        resolve_file(path, **hub_options), config=config, dtype=llamagen.dtype_of(dtype, "transformer"), use_ema=use_ema
     )
     if not isinstance(transformer, AutoregressiveModel):
         raise ValueError(f"{path} holds a tokenizer, not a transformer: pass it as `tokenizer=`.")
     if not isinstance(tokenizer, BinaryTokenizer):
         source = tokenizer
-        options = {"token_each": transformer.sub_codes, **_read_options(tokenizer_config, _TOKENIZER_OPTIONS)}
+        options = {"token_each": transformer.sub_codes, **read_options(tokenizer_config, llamagen.OPTION_NAMES, _TOKENIZER_OPTIONS)}
         state = load_state_dict(resolve_file(source, **hub_options))
         if any(name.startswith("tok_embedder.") for name in state):
             raise ValueError(f"`tokenizer` {source} holds a transformer, not a tokenizer.")
-        tokenizer = convert_state_dict(state, config=options, dtype=dtype_of("tokenizer"))
+        tokenizer = convert_state_dict(state, config=options, dtype=llamagen.dtype_of(dtype, "tokenizer"))
     masked = transformer.mask_id is not None
     return {
         "tokenizer": tokenizer,

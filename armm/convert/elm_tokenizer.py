@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from .containers import CheckpointKeysError, CheckpointShapeError
+from .facts import compare, count, shape
 from .keymap import Rule, squeeze_convolution
-from .llamagen import _compare, _count, _shape
 
 # What only blocks of one kind have.
 _MARKS = {"norm1.weight": "residual", "q.weight": "attention", "conv.weight": "resample"}
@@ -38,26 +38,26 @@ def tokenizer_layout(
         raise ValueError("`use_tanh` autoencoders, whose bits are -1 and 1, were never published and are not supported.")
     encoder, generator = _kinds(state, "encoder.blocks"), _kinds(state, "generator.blocks")
     norm_first = generator[0] == "norm"
-    shape = ("convolution", *encoder[-5:]), (*generator[norm_first : 4 + norm_first], *generator[-2:])
+    found_ends = ("convolution", *encoder[-5:]), (*generator[norm_first : 4 + norm_first], *generator[-2:])
     middle, ends = ("residual", "attention", "residual"), ("norm", "convolution")
-    if encoder[0] != "convolution" or shape != (("convolution", *middle, *ends), ("convolution", *middle, *ends)):
+    if encoder[0] != "convolution" or found_ends != (("convolution", *middle, *ends), ("convolution", *middle, *ends)):
         raise CheckpointKeysError(f"these are no coders of ELM's autoencoder: blocks {encoder} and {generator}.")
     first, last = norm_first + 4, len(encoder)
     down = _levels(encoder, range(1, last - 5))
     up = _levels(generator, range(first, len(generator) - 2))
     if len(down) != len(up):
         raise CheckpointShapeError(f"the encoder has {len(down)} levels, the generator {len(up)}.")
-    base, in_channels = _shape(state, "encoder.blocks.0.weight", 4)[:2]
+    base, in_channels = shape(state, "encoder.blocks.0.weight", 4)[:2]
     multipliers = [_multiplier(state, f"encoder.blocks.{level.residual[0]}", base) for level in down]
     if multipliers != [_multiplier(state, f"generator.blocks.{level.residual[0]}", base) for level in reversed(up)]:
         raise CheckpointShapeError("the levels of the encoder and the generator differ in width.")
-    bits, z_channels = _shape(state, "quantize.embed.weight", 2)
+    bits, z_channels = shape(state, "quantize.embed.weight", 2)
     sub_codes = options.get("token_each", 1)
     found = {"codebook_size": bits, "emb_dim": z_channels, "nf": base, "ch_mult": multipliers, "n_channels": in_channels}
-    _compare(options, {**found, "norm_first": norm_first})
+    compare(options, {**found, "norm_first": norm_first})
     if not isinstance(sub_codes, int) or sub_codes < 1 or bits % sub_codes:
         raise ValueError(f"`token_each` must cut the {bits} bits into equal sub-codes, got {sub_codes!r}.")
-    _compare(options, {"code_dim": bits // sub_codes})
+    compare(options, {"code_dim": bits // sub_codes})
     arguments = {
         "in_channels": in_channels,
         "base_channels": base,
@@ -91,7 +91,7 @@ def tokenizer_layout(
 def _kinds(state: Mapping[str, torch.Tensor], source: str) -> list[str]:
     """What every block of a list is."""
     kinds = []
-    for i in range(_count(state, re.escape(source) + r"\.(\d+)\.")):
+    for i in range(count(state, re.escape(source) + r"\.(\d+)\.")):
         kind = next((kind for mark, kind in _MARKS.items() if f"{source}.{i}.{mark}" in state), None)
         if kind is None:
             weight = state.get(f"{source}.{i}.weight")
@@ -121,7 +121,7 @@ def _levels(kinds: list[str], numbers: range) -> list[_Level]:
 
 
 def _multiplier(state: Mapping[str, torch.Tensor], block: str, base: int) -> int:
-    width = _shape(state, f"{block}.conv1.weight", 4)[0]
+    width = shape(state, f"{block}.conv1.weight", 4)[0]
     if width % base:
         raise CheckpointShapeError(f"{block} has {width} channels, no multiple of the base width {base}.")
     return width // base
@@ -130,7 +130,7 @@ def _multiplier(state: Mapping[str, torch.Tensor], block: str, base: int) -> int
 def _residual_rules(state: Mapping[str, torch.Tensor], source: str, target: str) -> tuple[Rule, ...]:
     rules = tuple(Rule(f"{source}.{part}.{{leaf}}", f"{target}.{part}.{{leaf}}") for part in ("norm1", "conv1", "norm2", "conv2"))
     # Stored in every block, used only where the width changes.
-    inside, outside = _shape(state, f"{source}.conv1.weight", 4)[1::-1]
+    inside, outside = shape(state, f"{source}.conv1.weight", 4)[1::-1]
     return (*rules, Rule(f"{source}.conv_out.{{leaf}}", f"{target}.shortcut.{{leaf}}" if inside != outside else None))
 
 

@@ -46,10 +46,10 @@ class Guidance:
     """null + (conditional - null) * scale over the rows [conditional; null].
 
     scale <= 1 switches guidance off. schedule: how the scale grows from 1 to its value over the steps ("constant",
-    "linear", "half_linear", "cosine", "sine", "log"), at progress ** power; progress: "span" is 0 at the first and 1 at
-    the last step, "done" counts the step itself as done, "begun" does not. interval: decode steps 0 .. interval are guided, later ones are not (-1 = all
-    are); the first token, which comes from the prefill, is not counted and is always guided. `scale` may be changed
-    between steps.
+    "linear", "half_linear", "cosine", "sine", "log"), a function of progress ** power. progress: "span" is 0 at the first
+    and 1 at the last step, "done" counts the step itself as done, "begun" does not. interval: decode steps 0 .. interval
+    are guided, later ones are not (-1 = all are); the first token, which comes from the prefill, is not counted and is
+    always guided. `scale` may be changed between steps.
     """
 
     scale: float = 1.0

@@ -12,7 +12,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 from armm.condition import Condition, concatenate
-from armm.decoding.base import DecodingOutput, StepCallback, wake
+from armm.decoding.base import DecodingOutput, StepCallback, check_guided, check_known, wake
 from armm.decoding.guidance import Guidance
 from armm.decoding.sampling import NoiseSource, Sampler
 
@@ -100,11 +100,7 @@ class MaskedTokenDecoding(SchedulerMixin, ConfigMixin):
         steps = _check_steps(self.num_calls((), num_inference_steps))
         heat = self.config.confidence_temperature if confidence_temperature is None else confidence_temperature
         heat = _check_temperature(heat) if sampler.do_sample else 0.0
-        guided = guidance is not None and guidance.active
-        if guided and null_condition is None:
-            raise ValueError(f"guidance with scale {guidance.scale} needs a null_condition")
-        if guided and null_condition.batch != condition.batch:
-            raise ValueError(f"null_condition has {null_condition.batch} rows, condition has {condition.batch}")
+        guided = check_guided(guidance, condition, null_condition)
         rows = concatenate([condition, null_condition]) if guided else condition  # type: ignore[list-item]
         grid = model.grid if grid is None else model.check_grid(grid)
         batch, tokens, parts, codes = condition.batch, grid[0] * grid[1], model.sub_codes, model.vocab_size
@@ -113,9 +109,9 @@ class MaskedTokenDecoding(SchedulerMixin, ConfigMixin):
         # [B, N, D] throughout; `open` [B, N]
         ids = torch.zeros(batch, tokens, parts, dtype=torch.long, device=device)
         is_open = torch.ones(batch, tokens, dtype=torch.bool, device=device)
-        if known_ids is not None or known_mask is not None:
-            known_ids, known_mask = _known(known_ids, known_mask, batch, tokens, parts, codes)
-            ids, is_open = known_ids.to(device), ~known_mask.to(device)
+        check_known(known_ids, known_mask, batch, tokens, codes, model.code_shape)
+        if known_ids is not None:
+            ids, is_open = known_ids.to(device).view(ids.shape), ~known_mask.to(device)
         given = ~is_open
         first_open = is_open.sum(1)
         if sampler.do_sample and not isinstance(noise, NoiseSource):
@@ -180,23 +176,6 @@ def _least_confident(confidence: Tensor, first_open: Tensor, is_open: Tensor, sh
     number = torch.minimum(is_open.sum(1) - 1, wanted).clamp(min=1)
     threshold = confidence.sort(dim=1).values.gather(1, number[:, None] - 1)
     return (confidence <= threshold) & (confidence < float("inf"))
-
-
-def _known(
-    ids: Tensor | None, mask: Tensor | None, batch: int, tokens: int, parts: int, codes: int
-) -> tuple[Tensor, Tensor]:
-    if ids is None or mask is None:
-        raise ValueError("known_ids and known_mask belong together: give both or neither")
-    shapes = ((batch, tokens, parts), (batch, tokens)) if parts == 1 else ((batch, tokens, parts),)
-    if tuple(ids.shape) not in shapes:
-        raise ValueError(f"known_ids must be {list(shapes[-1])}, got {list(ids.shape)}")
-    if tuple(mask.shape) != (batch, tokens) or mask.dtype != torch.bool:
-        raise ValueError(f"known_mask must be bool [{batch}, {tokens}], got {mask.dtype} {list(mask.shape)}")
-    ids = ids.view(batch, tokens, parts)
-    values = ids[mask]
-    if values.numel() and (int(values.min()) < 0 or int(values.max()) >= codes):
-        raise ValueError(f"known_ids must lie in 0 .. {codes - 1} where known_mask is True")
-    return ids, mask
 
 
 def _check_steps(steps: int) -> int:

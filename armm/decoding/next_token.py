@@ -12,7 +12,16 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 from armm.condition import Condition, concatenate
-from armm.decoding.base import DecodingOutput, StepCallback, TokenStream, vocabulary_range, wake
+from armm.decoding.base import (
+    DecodingOutput,
+    StepCallback,
+    TokenStream,
+    check_guided,
+    check_known,
+    prefix_index,
+    vocabulary_range,
+    wake,
+)
 from armm.decoding.guidance import Guidance
 from armm.decoding.sampling import NoiseSource, Sampler
 
@@ -72,17 +81,13 @@ class NextTokenDecoding(SchedulerMixin, ConfigMixin):
         if not model.causal or model.tokens_per_position > 1:
             raise ValueError("next-token decoding needs a causal model with one token a position; use MaskedTokenDecoding")
         sampler = sampler or Sampler()
-        guided = guidance is not None and guidance.active
-        if guided and null_condition is None:
-            raise ValueError(f"guidance with scale {guidance.scale} needs a null_condition")
-        if guided and null_condition.batch != condition.batch:
-            raise ValueError(f"null_condition has {null_condition.batch} rows, condition has {condition.batch}")
+        guided = check_guided(guidance, condition, null_condition)
         grid = model.grid if grid is None else model.check_grid(grid)
         low, high = vocabulary_range(model, vocabulary)
         batch, steps, parts = condition.batch, grid[0] * grid[1], model.code_shape
         rows = concatenate([condition, null_condition]) if guided else condition  # type: ignore[list-item]
         device = rows.embeds.device
-        _check_known(known_ids, known_mask, (batch, steps, *parts), high - low)
+        check_known(known_ids, known_mask, batch, steps, high - low, parts)
         if known_ids is not None:
             known_ids, known_mask = known_ids.to(device), known_mask.to(device)
         _check_prefix(prefix, known_mask, steps)
@@ -133,13 +138,8 @@ def _fed(token: Tensor, low: int, guided: bool) -> Tensor:
 def _image_stream(
     model: AutoregressiveModel, rows: Condition, grid: tuple[int, int], prefix: Tensor | None = None
 ) -> TokenStream:
-    device = rows.embeds.device
-    index = rows.index
-    if index is None:
-        if rows.length != model.prefix_slots:
-            raise ValueError(f"the condition has {rows.length} tokens, this model expects {model.prefix_slots}")
-        index = torch.arange(rows.length, device=device)
-    fed = model.image_index(grid, device)[:-1]  # the last token is never fed
+    index = prefix_index(model, rows)
+    fed = model.image_index(grid, rows.embeds.device)[:-1]  # the last token is never fed
     if prefix is not None:
         given, fed = fed[: prefix.shape[1]], fed[prefix.shape[1] :]
         rows = rows.extend(model.embed(prefix), given)
@@ -152,18 +152,3 @@ def _check_prefix(prefix: int, known_mask: Tensor | None, steps: int) -> None:
         raise ValueError(f"prefix must be an integer between 0 and {steps - 1}, got {prefix!r}")
     if prefix and (known_mask is None or not bool(known_mask[:, :prefix].all())):
         raise ValueError(f"prefix={prefix} tokens must all be given: known_ids, with known_mask True there")
-
-
-def _check_known(ids: Tensor | None, mask: Tensor | None, shape: tuple[int, ...], codes: int) -> None:
-    if (ids is None) != (mask is None):
-        raise ValueError("known_ids and known_mask belong together: give both or neither")
-    if ids is None:
-        return
-    for name, value, wanted in (("known_ids", ids, shape), ("known_mask", mask, shape[:2])):
-        if tuple(value.shape) != wanted:
-            raise ValueError(f"{name} must be {list(wanted)}, got {tuple(value.shape)}")
-    if mask.dtype != torch.bool:
-        raise ValueError(f"known_mask must be bool, got {mask.dtype}")
-    values = ids[mask]
-    if values.numel() and (int(values.min()) < 0 or int(values.max()) >= codes):
-        raise ValueError(f"known_ids must lie in 0 .. {codes - 1} where known_mask is True")

@@ -56,7 +56,7 @@ class Sampler:
         return top_p_filter(top_k_filter(logits, self.top_k), self.top_p)
 
     def __call__(self, logits: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Logits [B, V] and Exp(1) noise [B, V] -> ids [B]. Without noise the global generator is used."""
+        """Logits [..., V] and Exp(1) noise [..., V] -> ids [...]. Without noise the global generator is used."""
         if not self.do_sample:
             return logits.argmax(dim=-1)
         probabilities = self.filter(logits).softmax(dim=-1)
@@ -95,6 +95,10 @@ class NoiseSource:
             if len(generators) != batch:
                 raise ValueError(f"got {len(generators)} generators for a batch of {batch}; give one per sample")
             self.generators = generators
+
+    def draw_group(self, start: int, count: int) -> Tensor:
+        """Noise [B, count, V] of the tokens `start` .. `start + count - 1`, counted in decode order."""
+        return torch.stack([self.draw(step) for step in range(start, start + count)], dim=1)
 
     def draw(self, step: int) -> Tensor:
         if self.recorded is not None:

@@ -15,7 +15,7 @@ class TiedHead(nn.Module):
     The rows are the caller's, given at every call, so that the parameter has one owner and one name.
     """
 
-    needs_rows = True
+    num_states = 1  # hidden states of the trunk that the head reads
 
     def __init__(self, dim: int, vocab_size: int, bias: bool = True, norm_eps: float = 1e-5) -> None:
         super().__init__()
