@@ -223,6 +223,53 @@ class ELMPipeline(ARPipeline):
             return (images, codes) if output_codes else (images,)
         return ARPipelineOutput(images=images, codes=codes if output_codes else None)
 
+    @torch.no_grad()
+    def extend(
+        self,
+        codes: Codes,
+        class_labels: int | str | Sequence[int | str] | torch.Tensor,
+        direction: str = "right",
+        overlap: int | None = None,
+        output_type: str = "pil",
+        **arguments: Any,
+    ) -> ARPipelineOutput:
+        """Images that go on where those of `codes` end, joined to them.
+
+        The last columns (or rows) of an image are the first ones of the next, whose rest is generated; in the pixels the
+        two are faded into each other along what they share. Positions count from 0 again (ELM, appendix).
+
+        Args:
+            codes (`Codes`): of the images, as `output_codes=True` returns them; they may have been extended before.
+            class_labels (`int`, `str` or `list`): as for a call.
+            direction (`str`, *optional*, defaults to `"right"`): `"right"` or `"down"`.
+            overlap (`int`, *optional*): how many columns or rows of tokens are shared; default half of the transformer's grid.
+            output_type (`str`, *optional*, defaults to `"pil"`): as for a call.
+            arguments: further arguments of a call.
+
+        Returns:
+            [`ARPipelineOutput`]: the longer images and their codes; of what is shared the codes are those given.
+        """
+        self.check_output_type(output_type)
+        loading.check_choice(direction, ["down", "right"], "`direction`")
+        axis, rows, columns = (2 if direction == "right" else 1), *self.transformer.grid
+        length, across = (columns, rows) if axis == 2 else (rows, columns)
+        overlap = length // 2 if overlap is None else overlap
+        self.check_number("overlap", overlap, low=1, high=length - 1, integer=True)
+        if codes.ids is None or codes.grid is None or codes.grid[3 - axis] != across or codes.grid[axis] < overlap:
+            raise ValueError(f"`codes` must be ids that are {across} tokens wide across '{direction}', got grid {codes.grid}.")
+        given = codes.ids.unflatten(1, codes.grid[1:])  # [B, h, w, ...]
+        latents = given.new_full((len(given), rows, columns, *given.shape[3:]), -1)
+        latents.narrow(axis, 0, overlap).copy_(given.narrow(axis, codes.grid[axis] - overlap, overlap))
+        result = self(class_labels, latents=latents.flatten(1, 2), output_type="latent", output_codes=True, **arguments)
+        added = result.codes.ids.unflatten(1, (rows, columns)).narrow(axis, overlap, length - overlap)
+        joined = torch.cat([given, added], dim=axis)
+        longer = Codes(ids=joined.flatten(1, 2), grid=(1, *joined.shape[1:3]))
+        if output_type == "latent":
+            return ARPipelineOutput(images=longer.ids, codes=longer)
+        parts = [self.tokenizer.decode(part) for part in (codes, result.codes)]
+        pixels = crossfade(*parts, overlap * self.tokenizer.downsample, axis + 1)
+        return ARPipelineOutput(images=self.pixels_to_images(pixels, output_type), codes=longer)
+
     # ------------------------------------------------------------------ pieces of the call
 
     def check_size(self, height: int | None, width: int | None) -> tuple[int, int]:
@@ -310,3 +357,13 @@ class ELMPipeline(ARPipeline):
         if noise is not None and (not isinstance(noise, torch.Tensor) or tuple(noise.shape) != expected):
             shape = tuple(noise.shape) if isinstance(noise, torch.Tensor) else type(noise).__name__
             raise ValueError(f"`noise` must be a tensor {list(expected)} for this call, got {shape}.")
+
+
+def crossfade(first: torch.Tensor, second: torch.Tensor, overlap: int, dim: int) -> torch.Tensor:
+    """`first` followed by `second` along `dim`, the last `overlap` of one fading linearly into the first of the other."""
+    shape = [1] * first.dim()
+    shape[dim] = overlap
+    weight = ((torch.arange(overlap, device=first.device) + 0.5) / overlap).to(first.dtype).view(shape)
+    start, end = first.shape[dim] - overlap, second.shape[dim] - overlap
+    shared = torch.lerp(first.narrow(dim, start, overlap), second.narrow(dim, 0, overlap), weight)
+    return torch.cat([first.narrow(dim, 0, start), shared, second.narrow(dim, overlap, end)], dim=dim)
