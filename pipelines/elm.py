@@ -251,7 +251,8 @@ class ELMPipeline(ARPipeline):
         """
         self.check_output_type(output_type)
         loading.check_choice(direction, ["down", "right"], "`direction`")
-        axis, rows, columns = (2 if direction == "right" else 1), *self.transformer.grid
+        axis = 2 if direction == "right" else 1
+        rows, columns = self.transformer.grid
         length, across = (columns, rows) if axis == 2 else (rows, columns)
         overlap = length // 2 if overlap is None else overlap
         self.check_number("overlap", overlap, low=1, high=length - 1, integer=True)
@@ -266,8 +267,8 @@ class ELMPipeline(ARPipeline):
         longer = Codes(ids=joined.flatten(1, 2), grid=(1, *joined.shape[1:3]))
         if output_type == "latent":
             return ARPipelineOutput(images=longer.ids, codes=longer)
-        parts = [self.tokenizer.decode(part) for part in (codes, result.codes)]
-        pixels = crossfade(*parts, overlap * self.tokenizer.downsample, axis + 1)
+        first, second = self.tokenizer.decode(codes), self.tokenizer.decode(result.codes)
+        pixels = crossfade(first, second, overlap * self.tokenizer.downsample, axis + 1)
         return ARPipelineOutput(images=self.pixels_to_images(pixels, output_type), codes=longer)
 
     # ------------------------------------------------------------------ pieces of the call
