@@ -43,6 +43,8 @@ class AutoregressiveModel(TrunkModel):
         text_slots, answer_slots: how many text tokens fit before and after an image.
         head_bias: whether the head has a bias.
         bidirectional_prompt: in a unified model, text before the image and begin-of-image see each other whole.
+        bidirectional_image: in a unified model, text after an image is written with the image and all before it seen whole
+            (an image that is being drawn stays causal).
         head: None for one categorical head, or {"type": name in `armm.heads.HEADS`, ...}. A neighboring head takes one hidden
             state for every axis: the trunk has a tap for all of them but the last.
         shuffle: None, or arguments of `TokenShuffle`: the trunk sees one token for each window of the image.
@@ -66,6 +68,7 @@ class AutoregressiveModel(TrunkModel):
         answer_slots: int = 0,
         head_bias: bool = False,
         bidirectional_prompt: bool = False,
+        bidirectional_image: bool = False,
         head: dict | None = None,
         shuffle: dict | None = None,
         transition_tokens: int = 0,
@@ -88,7 +91,7 @@ class AutoregressiveModel(TrunkModel):
         self.mask_id = vocab_size if mask_token else None
         self.grid = self.check_grid(grid)
         self.text_slots, self.answer_slots = text_slots, answer_slots
-        self.bidirectional_prompt = bidirectional_prompt
+        self.bidirectional_prompt, self.bidirectional_image = bidirectional_prompt, bidirectional_image
         self.trunk = ARTransformer.from_dict(dict(transformer or {}))
         dim = self.trunk.dim
         self.token_embedding = nn.Embedding(stacked * vocab_size + bool(mask_token), dim)
@@ -327,11 +330,18 @@ class AutoregressiveModel(TrunkModel):
         bidirectional = length if self.bidirectional_prompt else 0
         return Condition(self.embed(ids), None if mask is None else mask.bool(), index, bidirectional)
 
-    def bidirectional_tokens(self, index: Tensor) -> int:
-        """How many of the tokens at flat position ids `index` [N] or [B, N] see each other whole."""
-        if not self.bidirectional_prompt:
+    def bidirectional_tokens(self, index: Tensor, grid: Sequence[int] | None = None, *, reading: bool = False) -> int:
+        """How many of the first tokens see each other whole, for tokens at flat position ids `index` [N] or [B, N].
+
+        reading: text is written about the image, rather than the image drawn.
+        """
+        if reading and self.bidirectional_image:
+            end = self.prefix_slots + math.prod(self.trunk_grid(grid))
+        elif self.bidirectional_prompt:
+            end = self.prefix_slots
+        else:
             return 0
-        return int((index < self.prefix_slots).sum(-1).max())
+        return int((index < end).sum(-1).max())
 
     def logits(self, hidden: Tensor, *, low: int = 0, high: int | None = None) -> Tensor:
         """Final hidden state [..., D] -> float32 logits over the vocabulary, or over its rows low .. high-1.
