@@ -103,7 +103,7 @@ class MaskedTokenDecoding(SchedulerMixin, ConfigMixin):
         guided = check_guided(guidance, condition, null_condition)
         rows = concatenate([condition, null_condition]) if guided else condition  # type: ignore[list-item]
         grid = model.grid if grid is None else model.check_grid(grid)
-        batch, tokens, parts, codes = condition.batch, grid[0] * grid[1], model.sub_codes, model.vocab_size
+        batch, tokens, parts, codes = condition.batch, math.prod(grid), model.sub_codes, model.vocab_size
         device = rows.embeds.device
 
         # [B, N, D] throughout; `open` [B, N]
@@ -161,11 +161,12 @@ def join_noise(guesses: Tensor, confidence: Tensor) -> Tensor:
     return torch.cat([guesses.flatten(2), confidence.flatten(2)], dim=2)
 
 
-def _logits(model: AutoregressiveModel, rows: Condition, ids: Tensor, guided: bool, grid: tuple[int, int]) -> Tensor:
+def _logits(model: AutoregressiveModel, rows: Condition, ids: Tensor, guided: bool, grid: Sequence[int]) -> Tensor:
     """Logits [R, N, D, V] for every position of `ids` [B, N, D]."""
     if guided:
         ids = torch.cat([ids, ids])
-    hidden = model.hidden(ids if model.sub_codes > 1 else ids.squeeze(-1), rows, grid=grid)
+    out = model.hidden(ids if model.sub_codes > 1 else ids.squeeze(-1), rows, grid=grid)
+    hidden = out[0] if isinstance(out, tuple) else out
     logits = model.logits(hidden[:, -ids.shape[1] * ids.shape[2] :])
     return logits.view(*ids.shape, -1)
 
