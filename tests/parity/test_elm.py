@@ -13,7 +13,9 @@ from harness import Case, Check, all_problems, cases, first_problem
 
 from armm.convert import convert
 from armm.convert.containers import load_state_dict
-from armm.convert.elm import convert_state_dict
+from armm.convert.elm import autoencoder_only, convert_state_dict
+from armm.convert.elm_tokenizer import tokenizer_layout
+from armm.convert.keymap import apply_rules
 from armm.decoding.masked_tokens import MaskedTokenDecoding, join_noise
 from armm.decoding.next_token import NextTokenDecoding
 from armm.decoding.sampling import Sampler
@@ -76,18 +78,18 @@ def tokenizer_checks(model: BinaryTokenizer, io: dict[str, torch.Tensor], config
     yield Check("encoder_features", features, io["encoder_features"])
     quantized = model.quantizer(features.flatten(2).transpose(1, 2))
     yield Check("bit_probs", as_map(quantized.probabilities), io["bit_probs"])
-    codes = model.encode(pixels)
-    yield Check("indices", as_ids(codes), io["indices"])
-    yield Check("bits", as_map(model.to_bits(codes)).long(), io["bits"].long())
-    yield Check("quant", as_map(model.embed(codes)), io["quant"])
-    yield Check("recon", decoded(codes), io["recon"])
-    yield Check("recon", (model(pixels)[0] + 1) / 2, io["recon"])
     given = Codes(ids=ours(io["decode_indices"]), grid=grid)
     yield Check("decode_bits", as_map(model.to_bits(given)).long(), io["decode_bits"].long())
     image = decoded(given)
     yield Check("decode_pixels", image, io["decode_pixels"])
     bytes_ = (255 * image).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
     yield Check("decode_pixels_uint8", bytes_, io["decode_pixels_uint8"], atol=1)
+    codes = model.encode(pixels)
+    yield Check("indices", as_ids(codes), io["indices"])
+    yield Check("bits", as_map(model.to_bits(codes)).long(), io["bits"].long())
+    yield Check("quant", as_map(model.embed(codes)), io["quant"])
+    yield Check("recon", decoded(codes), io["recon"])
+    yield Check("recon", (model(pixels)[0] + 1) / 2, io["recon"])
     drawn = model.encode(pixels, sample=True, uniform=io["sample_uniform"].flatten(2).transpose(1, 2))
     yield Check("sampled_bits", as_map(model.to_bits(drawn)).long(), io["sampled_bits"].long())
     yield Check("sampled_decode", decoded(drawn), io["sampled_decode"])
@@ -225,7 +227,8 @@ def cannot_matter(name: str, state: dict[str, torch.Tensor]) -> str | None:
         return "of a loss that was given up"
     if ".conv_out." in name:
         weight = state[name.rpartition(".")[0] + ".weight"]
-        return "a shortcut where the width does not change is not used" if weight.shape[0] == weight.shape[1] else None
+        if weight.shape[0] == weight.shape[1]:
+            return "a shortcut where the width does not change is not used"
     if any(key.startswith("mlm_layer.") for key in state) and name.startswith(("output.", "proj.", "pos_embed.")):
         return "stored, but not used by the masked model"
     if name.endswith(".k.bias"):
@@ -250,11 +253,29 @@ def adds_to_last_stage(name: str, state: dict[str, torch.Tensor]) -> bool:
 @pytest.mark.parametrize("case", ALL)
 def test_scaling_any_tensor_by_a_twentieth_is_noticed(case):
     state = load_state_dict(checkpoint(case))
-    unnoticed = []
+    model = convert_state_dict(state, config=facts(case))
+    parameters, unnoticed = model.state_dict(), []
     for name, tensor in state.items():
         if cannot_matter(name, state):
             continue
-        model = convert_state_dict({**state, name: tensor * 1.05}, config=facts(case))
+        changed = changed_parameters(case, state, name, tensor * 1.05)
+        saved = {target: parameters[target].clone() for target in changed}
+        for target, value in changed.items():
+            parameters[target].copy_(value)
         if first_problem(checks(case, model)) is None:
             unnoticed.append(name)
+        for target, value in saved.items():
+            parameters[target].copy_(value)
     assert not unnoticed, f"the case does not notice: {unnoticed}"
+    assert first_problem(checks(case, model)) is None, "the scaled tensors were not restored"
+
+
+def changed_parameters(
+    case: Case, state: dict[str, torch.Tensor], name: str, tensor: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Our parameters that the authors' tensor `name` fills, with `tensor` in its place."""
+    if case.config["kind"] != BAE:
+        return dict(convert_state_dict({**state, name: tensor}, config=facts(case)).state_dict())
+    options = {key: value for key, value in facts(case).items() if key != "use_tanh"}
+    _, rules = tokenizer_layout(autoencoder_only(state), options)
+    return apply_rules(autoencoder_only({name: tensor}), rules)
