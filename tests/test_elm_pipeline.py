@@ -20,6 +20,7 @@ from armm.decoding.sampling import NoiseSource, Sampler
 from armm.model import AutoregressiveModel
 from pipelines.elm import AUTOREGRESSIVE_SCHEDULES, ELMPipeline, crossfade
 from tokenizers_visual import BinaryTokenizer, Codes, ConvEncoder
+from tokenizers_visual.autoencoder import ResidualBlock, SpatialAttention
 from tokenizers_visual.binary_quantizer import bits_to_ids, ids_to_bits, uniform_noise
 
 TRUNK = {"dim": 32, "num_layers": 2, "num_heads": 2, "mlp_hidden": 48, "rotary_axes": [8, 8]}
@@ -494,6 +495,69 @@ def authors_transformer(sub_codes: int = 2, masked: bool = False, vocab: int = 8
     ):  # fmt: skip
         state[f"layers.0.{name}.weight"] = tensor(*shape)
     return state
+
+
+def authors_autoencoder(model: BinaryTokenizer) -> dict[str, torch.Tensor]:
+    """The tensors of `model` as the authors number them, inside a training module."""
+    state: dict[str, torch.Tensor] = {"disc.main.0.weight": torch.zeros(1)}
+
+    def put(name: str, module: torch.nn.Module, names: dict[str, str] | None = None) -> None:
+        for leaf, tensor in module.state_dict().items():
+            part, _, kind = leaf.rpartition(".")
+            part = (names or {}).get(part, part)
+            tensor = tensor[..., None, None] if part in ("q", "k", "v", "proj_out") and kind == "weight" else tensor
+            state[f"ae.{name}.{part + '.' if part else ''}{kind}"] = tensor
+
+    def residual(name: str, block: Any) -> None:
+        put(name, block, {"shortcut": "conv_out"})
+        width = block.conv2.out_channels
+        state.setdefault(f"ae.{name}.conv_out.weight", torch.zeros(width, width, 1, 1))
+
+    attention = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out": "proj_out"}
+
+    def coder(name: str, ours: Any, start: list[Any]) -> None:
+        middle = [ours.mid_block1, ours.mid_attention, ours.mid_block2]
+        inner = []
+        for level in ours.levels:
+            for i, block in enumerate(level.blocks):
+                inner += [block, *(level.attentions[i : i + 1])]
+            inner += [change for change in (level.downsample, level.upsample) if change is not None]
+        blocks = inner + middle if name == "encoder" else middle + inner
+        for i, block in enumerate([*start, ours.conv_in, *blocks, ours.norm_out, ours.conv_out]):
+            if isinstance(block, ResidualBlock):
+                residual(f"{name}.blocks.{i}", block)
+            else:
+                put(f"{name}.blocks.{i}", block, attention if isinstance(block, SpatialAttention) else None)
+
+    coder("encoder", model.encoder, [])
+    coder("generator", model.decoder, [model.decoder.norm_in] if model.config.norm_first else [])
+    put("quantize.embed", model.quantizer.embedding)
+    state["ae.quantize.proj.0.weight"] = model.quantizer.projection.weight[..., None, None]
+    state["ae.quantize.proj.0.bias"] = model.quantizer.projection.bias
+    return {name: tensor.detach().clone() for name, tensor in state.items()}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"norm_first": False, "encoder_blocks": 2, "sub_codes": 3},
+        {"channel_multipliers": [1, 2, 2], "encoder_attention": [False, True, True], "decoder_attention": [True, False, False]},
+        {"channel_multipliers": [1], "encoder_attention": False, "in_channels": 1, "decoder_blocks": 3},
+    ],
+    ids=["plain", "no first norm", "three levels", "one level"],
+)
+def test_autoencoders_of_any_layout_are_read(options, tmp_path):
+    torch.manual_seed(6)
+    settings = {"channel_multipliers": [2, 1], "encoder_blocks": 1, "decoder_blocks": 1, "bits": 6, **options}
+    model = BinaryTokenizer(base_channels=8, z_channels=16, norm_groups=4, **settings).eval()
+    torch.save(authors_autoencoder(model), tmp_path / "binaryae_ema.th")
+    config = {"norm_groups": 4, "token_each": model.sub_codes}
+    read = convert("elm", tmp_path / "binaryae_ema.th", config=config)
+    pixels = torch.rand(1, settings.get("in_channels", 3), 8, 8) * 2 - 1
+    codes = read.encode(pixels)
+    assert torch.equal(codes.ids, model.encode(pixels).ids)
+    torch.testing.assert_close(read.decode(codes), model.decode(codes))
 
 
 CONFIG = {"n_head": 2, "block_size": 9}
