@@ -33,6 +33,8 @@ PUBLIC_NAMES: dict[str, str] = {
     "ARPipeline": "pipelines.base",
     "LlamaGenPipeline": "pipelines.llamagen",
     "ELMPipeline": "pipelines.elm",
+    "NARPipeline": "pipelines.nar",
+    "PARPipeline": "pipelines.par",
     "UnifiedTextToImagePipeline": "pipelines.unified_text_to_image",
     "UnifiedImageToTextPipeline": "pipelines.unified_image_to_text",
     "UnifiedInpaintPipeline": "pipelines.unified_inpaint",
@@ -57,6 +59,7 @@ PUBLIC_NAMES: dict[str, str] = {
     # tokenizers
     "Codes": "tokenizers_visual.codes",
     "VisualTokenizer": "tokenizers_visual.base",
+    "LARPTokenizer": "tokenizers_visual.larp",
     "VQTokenizer": "tokenizers_visual.vq_tokenizer",
     "BinaryTokenizer": "tokenizers_visual.binary_tokenizer",
 }

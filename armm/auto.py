@@ -26,6 +26,8 @@ TASKS: dict[str, tuple[str, str, str]] = {
 FAMILY_PIPELINES: dict[str, tuple[str, str]] = {
     "llamagen": ("pipelines.llamagen", "LlamaGenPipeline"),
     "elm": ("pipelines.elm", "ELMPipeline"),
+    "nar": ("pipelines.nar", "NARPipeline"),
+    "par": ("pipelines.par", "PARPipeline"),
 }
 _HUB_OPTIONS = ("revision", "cache_dir", "local_files_only", "force_download", "token")
 

@@ -10,6 +10,7 @@ _PUBLIC = {
     "ARPipelineOutput": "pipelines.outputs",
     "ARTextOutput": "pipelines.outputs",
     "ELMPipeline": "pipelines.elm",
+    "ARVideoOutput": "pipelines.outputs",
     "LlamaGenPipeline": "pipelines.llamagen",
     "UnifiedTextToImagePipeline": "pipelines.unified_text_to_image",
     "UnifiedImageToTextPipeline": "pipelines.unified_image_to_text",

@@ -265,11 +265,7 @@ class LlamaGenPipeline(T5PromptPipeline):
                 interrupt=lambda: self._interrupt,
             )
         codes = Codes(ids=output.ids, grid=(1, *grid))
-        images = self.decode_codes_to_images(codes, output_type)
-        self.maybe_free_model_hooks()
-        if not return_dict:
-            return (images, codes) if output_codes else (images,)
-        return ARPipelineOutput(images=images, codes=codes if output_codes else None)
+        return self.make_output(codes, output_type, return_dict=return_dict, output_codes=output_codes)
 
     def encode_condition(
         self,

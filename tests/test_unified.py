@@ -134,15 +134,16 @@ def test_a_batch_depends_on_the_step_and_the_rank_only(task):
     assert len(first["drawing"]) + len(first["reading"]) == 8
 
 
-def test_reading_mask_and_positions_by_brute_force():
+@pytest.mark.parametrize("whole", [0, 2, 5])
+def test_reading_mask_and_positions_by_brute_force(whole):
     prefix, segments = 5, [3, 2, 4]
-    positions, mask = reading_positions(prefix, segments), reading_mask(prefix, segments)
+    positions, mask = reading_positions(prefix, segments), reading_mask(prefix, segments, whole)
     owner = [0] * prefix + [i + 1 for i, length in enumerate(segments) for _ in range(length)]
     place = list(range(prefix)) + [prefix + j for length in segments for j in range(length)]
     assert positions.tolist() == place
     for i in range(len(owner)):
         for j in range(len(owner)):
-            assert bool(mask[i, j]) == (j <= i and owner[j] in (0, owner[i])), (i, j)
+            assert bool(mask[i, j]) == ((j <= i or j < whole) and owner[j] in (0, owner[i])), (i, j)
 
 
 def test_segments_see_the_image_and_themselves_only(task):
@@ -156,7 +157,8 @@ def test_segments_see_the_image_and_themselves_only(task):
         for start, length in zip(starts, lengths, strict=True):
             alone = torch.cat([ids[:, :prefix], ids[:, start : start + length]], 1)
             index = torch.arange(alone.shape[1])
-            hidden = task.model.hidden(alone, index=index)[:, prefix:]
+            mask = prefix_mask(torch.ones_like(alone, dtype=torch.bool), len(index), prefix)
+            hidden = task.model.hidden(alone, index=index, mask=mask)[:, prefix:]
             assert torch.allclose(hidden, whole[:, start : start + length], atol=1e-5)
         changed = ids.clone()
         changed[:, starts[1]] = (changed[:, starts[1]] + 1) % 7
@@ -184,7 +186,7 @@ def test_targets_are_the_words_after_the_image(task):
     codes = batch["reading"][:, task.text_slots + 1 : prefix] - len(words)
     assert 0 <= int(codes.min()) and int(codes.max()) < CODES
     reading = round(8 * task.data["reading_share"])
-    rows = torch.randint(len(task.train_data), (8,), generator=task.generator(0, 0))[:reading]
+    rows = torch.randint(len(task.train_data), (8,), generator=task.generator(3, 0))[:reading]
     assert torch.equal(codes, task.train_data.codes[rows].long())
 
 

@@ -13,6 +13,8 @@ _PUBLIC = {
     "BinaryQuantizer": "tokenizers_visual.binary_quantizer",
     "BinaryTokenizer": "tokenizers_visual.binary_tokenizer",
     "VectorQuantizer": "tokenizers_visual.quantizers",
+    "ViT": "tokenizers_visual.vit",
+    "LARPTokenizer": "tokenizers_visual.larp",
     "VQTokenizer": "tokenizers_visual.vq_tokenizer",
 }
 

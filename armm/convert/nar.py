@@ -19,7 +19,7 @@ from armm.model import AutoregressiveModel
 
 from . import llamagen
 from .containers import CheckpointKeysError, load_arguments, load_state_dict
-from .facts import count, read_options, shape
+from .facts import compare, count, read_options, shape
 from .keymap import Rule, apply_rules, load_strict
 
 # (width, layers without the extra blocks) -> heads.
@@ -54,18 +54,23 @@ def convert(
         use_ema: take the moving average stored beside the weights.
     """
     stored = {name: value for name, value in load_arguments(path).items() if _OPTION_NAMES.get(name, name) in _OPTIONS}
-    given = read_options(config, _OPTION_NAMES, _OPTIONS)
-    options = {**read_options(stored, _OPTION_NAMES, _OPTIONS), **given}
-    state = load_state_dict(path, use_ema=use_ema)
+    config = {**read_options(stored, _OPTION_NAMES, _OPTIONS), **read_options(config, _OPTION_NAMES, _OPTIONS)}
+    return convert_state_dict(load_state_dict(path, use_ema=use_ema), config=config, dtype=dtype, name=path)
+
+
+def convert_state_dict(
+    state: Mapping[str, torch.Tensor], *, config: Any = None, dtype: torch.dtype | None = None, name: Any = "the checkpoint"
+) -> AutoregressiveModel:
+    """Like `convert`, from tensors under the authors' names. `name` is the file's, which may say the size of the images."""
+    options = read_options(config, _OPTION_NAMES, _OPTIONS)
     if "output_R.weight" in state:
         arguments, rules = video_arguments(state, options), video_rules(state)
     elif "medusa_output.weight" in state:
-        arguments, rules = image_arguments(state, options, path), image_rules(state, options)
+        arguments, rules = image_arguments(state, options, name), image_rules(state, options)
     else:
-        missing = ["medusa_output.weight", "output_R.weight"]
         raise CheckpointKeysError(
             "this is no NAR checkpoint: it holds neither 'medusa_output.weight' (images) nor 'output_R.weight' (videos).",
-            missing=missing,
+            missing=["medusa_output.weight", "output_R.weight"],
         )
     with init_empty_weights():
         model = AutoregressiveModel(**arguments)
@@ -96,6 +101,7 @@ def video_arguments(state: Mapping[str, torch.Tensor], options: Mapping[str, Any
     last = trunk["num_layers"]
     rows = shape(state, "abs_pe", 3)[1]
     grid = _video_grid(options, rows - 1)
+    compare(options, {"tokens": rows - 1})
     trunk |= {"taps": [last - 2, last - 1], "rotary_axes": [], "learned_positions": rows}
     return {**arguments, "head": {"type": "neighboring", "axes": 3}, "grid": grid}
 

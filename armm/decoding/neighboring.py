@@ -77,10 +77,14 @@ def neighboring_logits(
     check_neighboring(model)
     grid = model.grid if grid is None else model.check_grid(grid)
     mask = near_to_far_mask(condition.length, grid, ids.device)
+    mask[:, : condition.bidirectional] = True
     if condition.mask is not None:
         real = torch.cat([condition.mask.bool(), torch.ones_like(ids, dtype=torch.bool)], dim=1)
         mask = ((mask & real[:, None]) | torch.eye(len(mask), dtype=torch.bool, device=mask.device))[:, None]
-    hidden = model.hidden(ids, condition, mask=mask, grid=grid)
+    index = model.image_index(grid, ids.device)
+    prefix = torch.arange(condition.length, device=ids.device) if condition.index is None else condition.index
+    index = torch.cat([prefix, index.expand(*prefix.shape[:-1], -1)], dim=-1)
+    hidden = model.hidden(ids, condition, index=index, mask=mask, grid=grid)
     taps, last = (hidden[1], hidden[0]) if isinstance(hidden, tuple) else ({}, hidden)
     states = [state[:, condition.length - 1 :] for state in (*(taps[tap] for tap in sorted(taps)), last)]
     values = model.head(states, low, high)

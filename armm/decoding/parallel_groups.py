@@ -41,7 +41,7 @@ class ParallelGroupsDecoding(GroupedDecoding):
     def groups(self, grid: Sequence[int]) -> list[Tensor]:
         order = parallel_regions(grid, self.regions)
         size = self.group_size
-        return [*order[:size].split(1), *order[size:].split(size)]
+        return [*order[:size].split(1), *(order[size:].split(size) if len(order) > size else ())]
 
     def check_model(self, model: AutoregressiveModel, grid: tuple[int, ...]) -> None:
         given = 0 if model.transition_tokens is None else model.transition_tokens.num_embeddings

@@ -42,7 +42,8 @@ class UnifiedTask(TrainingTask):
 
     model: `text_slots` (words of a prompt), `answer_slots` (tokens of a text after the image), `bidirectional_prompt` (the
         words of a prompt see each other whole), `bidirectional_image` (so does an image that is read), `transformer` (arguments
-        of `ARTransformer`), `start` (directory of trained weights to go on from), `compile` (the trunk; needs a C++ compiler), `generation` (generation config of the export).
+        of `ARTransformer`), `start` (directory of trained weights to go on from), `compile` (the trunk; needs a C++ compiler),
+        `generation` (generation config of the export).
     data: `tokenizer` (directory of a trained `VQTokenizer`), scenes, size, seed, validation (scenes), `cache` (directory of
         what is made once; by default beside the output directory), captions and questions (written per scene),
         `reading_share` (of the rows), `questions_per_row`, `null_share` (of the drawing rows, without their caption).
