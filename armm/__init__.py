@@ -32,6 +32,7 @@ PUBLIC_NAMES: dict[str, str] = {
     # pipelines
     "ARPipeline": "pipelines.base",
     "LlamaGenPipeline": "pipelines.llamagen",
+    "ELMPipeline": "pipelines.elm",
     "NARPipeline": "pipelines.nar",
     "PARPipeline": "pipelines.par",
     "VARPipeline": "pipelines.var",
@@ -53,6 +54,7 @@ PUBLIC_NAMES: dict[str, str] = {
     "NoiseSource": "armm.decoding.sampling",
     "Guidance": "armm.decoding.guidance",
     "NextTokenDecoding": "armm.decoding.next_token",
+    "MaskedTokenDecoding": "armm.decoding.masked_tokens",
     "NeighboringDecoding": "armm.decoding.neighboring",
     "ParallelGroupsDecoding": "armm.decoding.parallel_groups",
     "TokenShuffleDecoding": "armm.decoding.token_shuffle",
@@ -64,6 +66,7 @@ PUBLIC_NAMES: dict[str, str] = {
     "LARPTokenizer": "tokenizers_visual.larp",
     "VQTokenizer": "tokenizers_visual.vq_tokenizer",
     "MultiScaleVQTokenizer": "tokenizers_visual.multi_scale_tokenizer",
+    "BinaryTokenizer": "tokenizers_visual.binary_tokenizer",
 }
 
 # Public submodules reachable as attributes: `armm.zoo`, `armm.convert.llamagen`, ...

@@ -25,6 +25,7 @@ TASKS: dict[str, tuple[str, str, str]] = {
 # Family -> (module, pipeline class).
 FAMILY_PIPELINES: dict[str, tuple[str, str]] = {
     "llamagen": ("pipelines.llamagen", "LlamaGenPipeline"),
+    "elm": ("pipelines.elm", "ELMPipeline"),
     "nar": ("pipelines.nar", "NARPipeline"),
     "par": ("pipelines.par", "PARPipeline"),
     "var": ("pipelines.var", "VARPipeline"),

@@ -58,6 +58,26 @@ class Condition:
             self.bidirectional,
         )
 
+    def spread(self, times: int) -> Condition:
+        """Every token `times` times, copies next to each other."""
+        if times == 1:
+            return self
+        return Condition(
+            self.embeds.repeat_interleave(times, 1),
+            None if self.mask is None else self.mask.repeat_interleave(times, 1),
+            None if self.index is None else self.index.repeat_interleave(times, 1),
+            self.bidirectional * times,
+        )
+
+    def extend(self, embeds: Tensor, index: Tensor) -> Condition:
+        """These tokens followed by `embeds` [B, n, D], which are real and stand at the flat position ids `index` [n]."""
+        mask, own = self.mask, self.index
+        if mask is not None:
+            mask = torch.cat([mask, mask.new_ones(embeds.shape[:2])], dim=1)
+        if own is not None:
+            own = torch.cat([own, index.expand(self.batch, -1)], dim=1)
+        return Condition(torch.cat([self.embeds.to(embeds.dtype), embeds], dim=1), mask, own, self.bidirectional)
+
     def pad_left(self, length: int) -> Condition:
         """Masked slots in front, up to `length` tokens."""
         missing = length - self.length

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from diffusers.configuration_utils import register_to_config
@@ -12,7 +13,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from armm.condition import Condition
-from armm.heads import NeighboringHead, build_head
+from armm.heads import NeighboringHead, TiedHead, build_head
 from armm.model_base import TrunkModel
 from armm.nn.embedders import CaptionEmbedding, LabelEmbedding
 from armm.nn.masks import prefix_mask
@@ -48,6 +49,12 @@ class AutoregressiveModel(TrunkModel):
             state for every axis: the trunk has a tap for all of them but the last.
         shuffle: None, or arguments of `TokenShuffle`: the trunk sees one token for each window of the image.
         transition_tokens: learned tokens between the single and the parallel tokens of `ParallelGroupsDecoding`.
+        sub_codes: ids of a position, K; each has `vocab_size` values, and ids are [B, N, K] where K > 1.
+        sub_code_layout: "stacked" (one token a position: K embeddings side by side go through a projection, and K
+            distributions come from one hidden state) or "sequence" (K tokens a position that share embedding, head and
+            rotary row, as does a condition repeated K times).
+        mask_token: the embedding has one more row, `mask_id`, for what is not known yet.
+        causal: whether a token sees only what came before it; masked models see everything.
     """
 
     @register_to_config
@@ -65,6 +72,10 @@ class AutoregressiveModel(TrunkModel):
         head: dict | None = None,
         shuffle: dict | None = None,
         transition_tokens: int = 0,
+        sub_codes: int = 1,
+        sub_code_layout: str = "stacked",
+        mask_token: bool = False,
+        causal: bool = True,
     ) -> None:
         super().__init__()
         if not isinstance(vocab_size, int) or vocab_size < 1:
@@ -73,16 +84,21 @@ class AutoregressiveModel(TrunkModel):
             raise ValueError(
                 "text_slots and answer_slots belong to models without a condition embedder (condition=None)"
             )
-        self.vocab_size = vocab_size
+        self.sub_codes, self.sub_code_layout = sub_codes, sub_code_layout
+        self._check_sub_codes(condition, mask_token)
+        stacked = sub_codes if sub_code_layout == "stacked" else 1
+        self.vocab_size, self.causal = vocab_size, causal
+        self.mask_id = vocab_size if mask_token else None
         self.grid = self.check_grid(grid)
         self.text_slots, self.answer_slots = text_slots, answer_slots
         self.bidirectional_prompt, self.bidirectional_image = bidirectional_prompt, bidirectional_image
         self.trunk = ARTransformer.from_dict(dict(transformer or {}))
         dim = self.trunk.dim
-        self.token_embedding = nn.Embedding(vocab_size, dim)
+        self.token_embedding = nn.Embedding(stacked * vocab_size + bool(mask_token), dim)
+        self.sub_code_projection = nn.Linear(stacked * dim, dim, bias=False) if stacked > 1 else None
         self.condition_type = None if condition is None else condition.get("type")
         self.condition_embedding = _build_condition(condition, dim)
-        self.head = build_head(head, dim, vocab_size, head_bias)
+        self.head = build_head(head, dim, stacked * vocab_size, head_bias)
         self.shuffle = None if shuffle is None else TokenShuffle(dim, **shuffle)
         self.transition_tokens = nn.Embedding(transition_tokens, dim) if transition_tokens else None
         if self.head.num_states != 1 + len(self.trunk.taps):
@@ -91,6 +107,8 @@ class AutoregressiveModel(TrunkModel):
                 "output: the config's head and transformer.taps do not belong together"
             )
         nn.init.normal_(self.token_embedding.weight, std=0.02)
+        if stacked > 1:
+            nn.init.normal_(self.sub_code_projection.weight, std=0.02)
         self.gradient_checkpointing = False
         self._rotary_tables: dict[tuple, Tensor] = {}
         learned = self.trunk.config.learned_positions
@@ -99,6 +117,27 @@ class AutoregressiveModel(TrunkModel):
                 f"learned_positions={learned}, but the layout of this model has {len(self.layout())} positions "
                 f"(prefix {self.prefix_slots}, grid {self.grid}, answer {answer_slots})"
             )
+
+    def _check_sub_codes(self, condition: dict | None, mask_token: bool) -> None:
+        number, layout = self.sub_codes, self.sub_code_layout
+        if not isinstance(number, int) or number < 1:
+            raise ValueError(f"sub_codes must be a positive integer, got {number!r}")
+        if layout not in ("stacked", "sequence"):
+            raise ValueError(f"sub_code_layout must be 'stacked' or 'sequence', got {layout!r}")
+        if number > 1 and condition is None:
+            raise ValueError("sub_codes > 1 needs a condition embedder: unified models have one id a position")
+        if number > 1 and mask_token and layout == "stacked":
+            raise ValueError("mask_token with sub_codes > 1 needs sub_code_layout='sequence'")
+
+    @property
+    def tokens_per_position(self) -> int:
+        """Tokens of the sequence that stand for one position."""
+        return self.sub_codes if self.sub_code_layout == "sequence" else 1
+
+    @property
+    def code_shape(self) -> tuple[int, ...]:
+        """What follows [B, N] in the shape of ids: () or (sub_codes,)."""
+        return (self.sub_codes,) if self.sub_codes > 1 else ()
 
     # Positions.
 
@@ -202,8 +241,15 @@ class AutoregressiveModel(TrunkModel):
     # Inputs and outputs.
 
     def embed(self, ids: Tensor) -> Tensor:
-        """Token ids [B, N] -> [B, N, D]."""
-        return self.token_embedding(ids)
+        """Token ids [B, N], or [B, N, K] with K sub-codes -> [B, N, D], or [B, N * K, D] where they make a sequence."""
+        if self.sub_codes == 1:
+            return self.token_embedding(ids)
+        if ids.shape[-1] != self.sub_codes:
+            raise ValueError(f"ids must be [batch, tokens, {self.sub_codes}], got {tuple(ids.shape)}")
+        if self.sub_code_projection is None:
+            return self.token_embedding(ids.flatten(-2))
+        tables = torch.arange(0, self.sub_codes * self.vocab_size, self.vocab_size, device=ids.device)
+        return self.sub_code_projection(self.token_embedding(ids + tables).flatten(-2))
 
     def embed_windows(self, ids: Tensor) -> Tensor:
         """Ids [B, M, window * window] of windows of image tokens -> tokens of the trunk [B, M, D]."""
@@ -226,7 +272,7 @@ class AutoregressiveModel(TrunkModel):
         if self.condition_type == "class":
             if labels is None or features is not None or mask is not None:
                 raise ValueError("this model is conditioned on classes: give labels, and neither features nor mask")
-            return Condition(self.condition_embedding(self._check_labels(labels)))
+            return Condition(self.condition_embedding(self._check_labels(labels))).spread(self.tokens_per_position)
         if self.condition_type == "caption":
             if features is None or labels is not None:
                 raise ValueError("this model is conditioned on text features: give features (and mask), not labels")
@@ -235,7 +281,8 @@ class AutoregressiveModel(TrunkModel):
                 raise ValueError(f"features must be [batch, {tokens}, {width}], got {tuple(features.shape)}")
             weight = self.condition_embedding.fc1.weight
             embeds = self.condition_embedding(features.to(device=weight.device, dtype=weight.dtype))
-            return Condition(embeds, None if mask is None else mask.to(device=embeds.device, dtype=torch.bool))
+            mask = None if mask is None else mask.to(device=embeds.device, dtype=torch.bool)
+            return Condition(embeds, mask).spread(self.tokens_per_position)
         raise ValueError("this model has no condition embedder; use prefix_condition with token ids")
 
     def _check_labels(self, labels: Tensor) -> Tensor:
@@ -256,7 +303,8 @@ class AutoregressiveModel(TrunkModel):
             raise ValueError(
                 "this model has no condition embedder; use prefix_condition with the ids of the null prompt"
             )
-        return Condition(self.condition_embedding.null(batch), None if like is None else like.mask)
+        null = Condition(self.condition_embedding.null(batch)).spread(self.tokens_per_position)
+        return null if like is None else replace(null, mask=like.mask)
 
     @apply_forward_hook
     def prefix_condition(self, ids: Tensor, mask: Tensor | None = None, index: Tensor | None = None) -> Condition:
@@ -298,8 +346,15 @@ class AutoregressiveModel(TrunkModel):
     def logits(self, hidden: Tensor, *, low: int = 0, high: int | None = None) -> Tensor:
         """Final hidden state [..., D] -> float32 logits over the vocabulary, or over its rows low .. high-1.
 
-        With a neighboring head these are its last axis's, which text uses as well.
+        With K stacked sub-codes, which have no ranges, they are [..., K, V]. With a neighboring head these are its last
+        axis's, which text uses as well.
         """
+        if self.sub_code_projection is not None:
+            if (low, high) not in ((0, None), (0, self.vocab_size)):
+                raise ValueError(f"a model with sub-codes has no vocabulary ranges, got low={low}, high={high}")
+            return self.head(hidden).unflatten(-1, (self.sub_codes, self.vocab_size))
+        if isinstance(self.head, TiedHead):
+            return self.head(hidden, low, high, rows=self.token_embedding.weight)
         head = self.head.axes[-1] if isinstance(self.head, NeighboringHead) else self.head
         return head(hidden, low, high)
 
@@ -324,7 +379,8 @@ class AutoregressiveModel(TrunkModel):
         Of a trunk with taps it is (hidden, {tap: hidden}), as from `ARTransformer`.
 
         index: flat position ids of all T + N tokens, [L] or [B, L]; default 0, 1, 2, ... mask: bool or additive,
-        replaces causal attention entirely. key_mask: bool [B, L], False on padding, under causal attention.
+        replaces causal attention entirely. key_mask: bool [B, L], False on padding, under causal attention. Sub-codes
+        of layout "sequence": every position counts K tokens, in the condition too.
         """
         embeds = self.embed(ids)
         if condition is not None:
@@ -333,15 +389,15 @@ class AutoregressiveModel(TrunkModel):
                 raise ValueError("this condition has position ids of its own: give index for all tokens")
         length = embeds.shape[1]
         if index is None:
-            index = torch.arange(length, device=embeds.device)
+            index = torch.arange(length, device=embeds.device) // self.tokens_per_position
         positions = self.positions_for(index, grid)
         if mask is None:
             bidirectional = self.bidirectional_tokens(index)
             real = key_mask if key_mask is not None else None if condition is None else condition.mask
             if real is None and bidirectional:
                 real = embeds.new_ones(len(embeds), 0, dtype=torch.bool)
-            mask = None if real is None else prefix_mask(real, length, bidirectional)
-        return self.trunk(embeds, positions=positions, mask=mask, causal=mask is None)
+            mask = None if real is None else prefix_mask(real, length, bidirectional if self.causal else length)
+        return self.trunk(embeds, positions=positions, mask=mask, causal=mask is None and self.causal)
 
     def forward(
         self,
@@ -355,9 +411,12 @@ class AutoregressiveModel(TrunkModel):
         low: int = 0,
         high: int | None = None,
     ) -> Tensor:
-        """Logits [B, T + N, V] of `hidden(...)`; the logits at a position are for the token after it."""
+        """Logits [B, T + N, V], or [B, T + N, K, V], of `hidden(...)`; in a causal model the logits at a position are for the
+        token after it, in a masked one for itself.
+        """
         hidden = self.hidden(ids, condition, index=index, mask=mask, key_mask=key_mask, grid=grid)
-        return self.logits(hidden[0] if isinstance(hidden, tuple) else hidden, low=low, high=high)
+        logits = self.logits(hidden[0] if isinstance(hidden, tuple) else hidden, low=low, high=high)
+        return logits.unflatten(1, (-1, self.sub_codes)) if self.tokens_per_position > 1 else logits
 
 
 def _build_condition(config: dict | None, dim: int) -> LabelEmbedding | CaptionEmbedding | None:

@@ -9,6 +9,7 @@ _PUBLIC = {
     "ARPipeline": "pipelines.base",
     "ARPipelineOutput": "pipelines.outputs",
     "ARTextOutput": "pipelines.outputs",
+    "ELMPipeline": "pipelines.elm",
     "ARVideoOutput": "pipelines.outputs",
     "LlamaGenPipeline": "pipelines.llamagen",
     "VARPipeline": "pipelines.var",

@@ -32,7 +32,7 @@ CONFIG = {"n_head": 4, "block_size": 25}  # what the tiny golden checkpoint's co
 
 
 def test_the_table_holds_every_published_checkpoint():
-    published = {name: {(e.repo, e.file) for e in zoo.ZOO.values() if e.family == name} for name in ("llamagen", "var")}
+    published = {name: {(e.repo, e.file) for e in zoo.ZOO.values() if e.family == name} for name in ("llamagen", "par", "var")}
     assert published["llamagen"] == {
         *((REPO, f"vq_ds{f}_c2i.pt") for f in (8, 16)),
         *((REPO, f"c2i_{name}.pt") for name in ("B_256", "B_384", "L_256", "L_384", "XL_384", "XXL_384", "3B_384")),

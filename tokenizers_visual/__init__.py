@@ -10,6 +10,8 @@ _PUBLIC = {
     "VisualTokenizer": "tokenizers_visual.base",
     "ConvEncoder": "tokenizers_visual.autoencoder",
     "ConvDecoder": "tokenizers_visual.autoencoder",
+    "BinaryQuantizer": "tokenizers_visual.binary_quantizer",
+    "BinaryTokenizer": "tokenizers_visual.binary_tokenizer",
     "VectorQuantizer": "tokenizers_visual.quantizers",
     "ViT": "tokenizers_visual.vit",
     "LARPTokenizer": "tokenizers_visual.larp",

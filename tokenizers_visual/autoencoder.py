@@ -119,8 +119,9 @@ class ConvEncoder(nn.Module):
         base_channels: width at the highest resolution; level i has `base_channels * channel_multipliers[i]` channels.
         num_res_blocks: residual blocks of each level, one number or one for each level.
         patch_size: side of the pixel blocks folded into channels before the first convolution (1: none).
-        use_attention: attention after each block of the lowest resolution.
+        use_attention: attention after each block of the lowest resolution, or one flag for each level, highest resolution first.
         mid_attention: attention between the two middle blocks.
+        final_activation: SiLU between the last group norm and the last convolution.
     """
 
     def __init__(
@@ -132,13 +133,15 @@ class ConvEncoder(nn.Module):
         z_channels: int,
         *,
         patch_size: int = 1,
-        use_attention: bool = True,
+        use_attention: bool | Sequence[bool] = True,
         mid_attention: bool = True,
         norm_groups: int = 32,
+        final_activation: bool = True,
     ) -> None:
         super().__init__()
         widths = [base_channels * m for m in channel_multipliers]
         blocks = _per_level(num_res_blocks, len(widths))
+        attentive = _attention_levels(use_attention, len(widths))
         last = len(widths) - 1
         self.patch_size = patch_size
         self.conv_in = nn.Conv2d(in_channels * patch_size**2, base_channels, 3, padding=1)
@@ -147,7 +150,7 @@ class ConvEncoder(nn.Module):
                 base_channels if i == 0 else widths[i - 1],
                 width,
                 blocks[i],
-                use_attention and i == last,
+                attentive[i],
                 "down" if i < last else None,
                 norm_groups,
             )
@@ -157,6 +160,7 @@ class ConvEncoder(nn.Module):
         self.mid_attention = SpatialAttention(widths[-1], norm_groups) if mid_attention else nn.Identity()
         self.mid_block2 = ResidualBlock(widths[-1], widths[-1], norm_groups)
         self.norm_out = _norm(widths[-1], norm_groups)
+        self.activation = F.silu if final_activation else nn.Identity()
         self.conv_out = nn.Conv2d(widths[-1], z_channels, 3, padding=1)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -165,14 +169,15 @@ class ConvEncoder(nn.Module):
         for level in self.levels:
             x = level(x)
         x = self.mid_block2(self.mid_attention(self.mid_block1(x)))
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return self.conv_out(self.activation(self.norm_out(x)))
 
 
 class ConvDecoder(nn.Module):
     """Features `[B, z_channels, h, w]` -> pixels `[B, out_channels, h*f, w*f]`: the encoder's mirror, not clamped.
 
     `levels[0]` is the lowest resolution. `channel_multipliers` are given from the highest resolution to the lowest, as for
-    `ConvEncoder`; `num_res_blocks`, where it is a list, likewise.
+    `ConvEncoder`; `num_res_blocks` and `use_attention`, where they are lists, likewise. norm_first: a group norm of the features
+    comes before the first convolution.
     """
 
     def __init__(
@@ -184,15 +189,19 @@ class ConvDecoder(nn.Module):
         z_channels: int,
         *,
         patch_size: int = 1,
-        use_attention: bool = True,
+        use_attention: bool | Sequence[bool] = True,
         mid_attention: bool = True,
         norm_groups: int = 32,
+        final_activation: bool = True,
+        norm_first: bool = False,
     ) -> None:
         super().__init__()
         widths = [base_channels * m for m in reversed(channel_multipliers)]
         blocks = list(reversed(_per_level(num_res_blocks, len(widths))))
+        attentive = list(reversed(_attention_levels(use_attention, len(widths))))
         last = len(widths) - 1
         self.patch_size = patch_size
+        self.norm_in = _norm(z_channels, norm_groups) if norm_first else nn.Identity()
         self.conv_in = nn.Conv2d(z_channels, widths[0], 3, padding=1)
         self.mid_block1 = ResidualBlock(widths[0], widths[0], norm_groups)
         self.mid_attention = SpatialAttention(widths[0], norm_groups) if mid_attention else nn.Identity()
@@ -202,21 +211,22 @@ class ConvDecoder(nn.Module):
                 widths[0] if i == 0 else widths[i - 1],
                 width,
                 blocks[i],
-                use_attention and i == 0,
+                attentive[i],
                 "up" if i < last else None,
                 norm_groups,
             )
             for i, width in enumerate(widths)
         )
         self.norm_out = _norm(widths[-1], norm_groups)
+        self.activation = F.silu if final_activation else nn.Identity()
         self.conv_out = nn.Conv2d(widths[-1], out_channels * patch_size**2, 3, padding=1)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        x = self.conv_in(features)
+        x = self.conv_in(self.norm_in(features))
         x = self.mid_block2(self.mid_attention(self.mid_block1(x)))
         for level in self.levels:
             x = level(x)
-        x = self.conv_out(F.silu(self.norm_out(x)))
+        x = self.conv_out(self.activation(self.norm_out(x)))
         return F.pixel_shuffle(x, self.patch_size) if self.patch_size > 1 else x
 
 
@@ -225,3 +235,13 @@ def _per_level(number: int | Sequence[int], levels: int) -> list[int]:
     if len(numbers) != levels:
         raise ValueError(f"`num_res_blocks` {numbers} must be one number, or one for each of the {levels} levels.")
     return numbers
+
+
+def _attention_levels(use_attention: bool | Sequence[bool], levels: int) -> list[bool]:
+    """Which levels, highest resolution first, have attention; one flag speaks of the lowest resolution."""
+    if isinstance(use_attention, bool):
+        return [False] * (levels - 1) + [use_attention]
+    flags = list(use_attention)
+    if len(flags) != levels:
+        raise ValueError(f"`use_attention` {flags} must be one flag, or one for each of the {levels} levels.")
+    return flags

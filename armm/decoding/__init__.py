@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from armm.decoding.base import DecodingOutput, TokenStream
 from armm.decoding.guidance import Guidance
+from armm.decoding.masked_tokens import MaskedTokenDecoding
 from armm.decoding.neighboring import NeighboringDecoding
 from armm.decoding.next_scale import NextScaleDecoding, NextScaleOutput, scale_masks
 from armm.decoding.next_token import NextTokenDecoding
@@ -15,6 +16,7 @@ from armm.decoding.token_shuffle import TokenShuffleDecoding
 # name -> strategy class; each is a component that a pipeline saves and swaps like a scheduler
 DECODING_STRATEGIES = {
     "next_token": NextTokenDecoding,
+    "masked_tokens": MaskedTokenDecoding,
     "neighboring": NeighboringDecoding,
     "parallel_groups": ParallelGroupsDecoding,
     "token_shuffle": TokenShuffleDecoding,
@@ -25,6 +27,7 @@ __all__ = [
     "DECODING_STRATEGIES",
     "DecodingOutput",
     "Guidance",
+    "MaskedTokenDecoding",
     "NeighboringDecoding",
     "NextScaleDecoding",
     "NextScaleOutput",

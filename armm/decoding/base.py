@@ -51,15 +51,17 @@ def check_guided(guidance: Guidance | None, condition: Condition, null_condition
     return True
 
 
-def check_known(ids: Tensor | None, mask: Tensor | None, batch: int, tokens: int, codes: int) -> None:
-    """A ValueError unless given codes [B, N] and their mask belong together and fit the call."""
+def check_known(
+    ids: Tensor | None, mask: Tensor | None, batch: int, tokens: int, codes: int, code_shape: tuple[int, ...] = ()
+) -> None:
+    """A ValueError unless given codes [B, N, *code_shape] and their mask [B, N] belong together and fit the call."""
     if (ids is None) != (mask is None):
         raise ValueError("known_ids and known_mask belong together: give both or neither")
     if ids is None or mask is None:
         return
-    for name, value in (("known_ids", ids), ("known_mask", mask)):
-        if tuple(value.shape) != (batch, tokens):
-            raise ValueError(f"{name} must be [{batch}, {tokens}], got {tuple(value.shape)}")
+    for name, value, extra in (("known_ids", ids, code_shape), ("known_mask", mask, ())):
+        if tuple(value.shape) != (batch, tokens, *extra):
+            raise ValueError(f"{name} must be {[batch, tokens, *extra]}, got {tuple(value.shape)}")
     if mask.dtype != torch.bool:
         raise ValueError(f"known_mask must be bool, got {mask.dtype}")
     values = ids[mask]
@@ -106,7 +108,7 @@ class TokenStream:
         self.cache = self.trunk.allocate_cache(prefix.batch, self.length + fed)
         self.bias: Tensor | None = None
         self.num_calls = 0
-        self.embed = model.token_embedding
+        self.embed = model.embed
 
     def prefill(self) -> Tensor:
         """Run the prefix: hidden state of its last position [R, D]."""

@@ -15,6 +15,15 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
     "linear": lambda t: t,
     "half_linear": lambda t: min(1.0, 2.0 * t),
     "cosine": lambda t: (1.0 - math.cos(math.pi * t)) / 2.0,
+    "sine": lambda t: math.sin(math.pi / 2 * t),
+    "log": lambda t: math.log1p(t * (math.e - 1.0)),
+}
+
+# how token `step` of `steps` is placed in 0 .. 1: between the first and the last, counted with itself, or without
+PROGRESS: dict[str, Callable[[int, int], float]] = {
+    "span": lambda step, steps: step / (steps - 1) if steps > 1 else 1.0,
+    "done": lambda step, steps: (step + 1) / steps,
+    "begun": lambda step, steps: step / steps,
 }
 
 
@@ -37,15 +46,18 @@ class Guidance:
     """null + (conditional - null) * scale over the rows [conditional; null].
 
     scale <= 1 switches guidance off. schedule: how the scale grows from 1 to its value over the steps ("constant",
-    "linear", "half_linear", "cosine"). interval: decode steps 0 .. interval are guided, later ones are not (-1 = all
-    are); the first token, which comes from the prefill, is not counted and is always guided. `scale` may be changed
-    between steps.
+    "linear", "half_linear", "cosine", "sine", "log"), a function of progress ** power. progress: "span" is 0 at the first
+    and 1 at the last step, "done" counts the step itself as done, "begun" does not. interval: decode steps 0 .. interval
+    are guided, later ones are not (-1 = all are); the first token, which comes from the prefill, is not counted and is
+    always guided. `scale` may be changed between steps.
     """
 
     scale: float = 1.0
     schedule: str = "constant"
     interval: int = -1
     formula: str = "logits"
+    progress: str = "span"
+    power: float = 1.0
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.scale):
@@ -54,6 +66,10 @@ class Guidance:
             raise ValueError(f"schedule must be one of {sorted(SCHEDULES)}, got {self.schedule!r}")
         if self.formula not in FORMULAS:
             raise ValueError(f"formula must be one of {sorted(FORMULAS)}, got {self.formula!r}")
+        if self.progress not in PROGRESS:
+            raise ValueError(f"progress must be one of {sorted(PROGRESS)}, got {self.progress!r}")
+        if not 0 < self.power < math.inf:
+            raise ValueError(f"power must be a finite number > 0, got {self.power!r}")
         if not isinstance(self.interval, int) or self.interval < -1:
             raise ValueError(f"interval must be an integer >= -1 (-1 = every step), got {self.interval!r}")
 
@@ -66,7 +82,7 @@ class Guidance:
         return self.interval < 0 or step - 1 <= self.interval
 
     def scale_at(self, step: int, steps: int) -> float:
-        progress = step / (steps - 1) if steps > 1 else 1.0
+        progress = PROGRESS[self.progress](step, steps) ** self.power
         return 1.0 + (self.scale - 1.0) * SCHEDULES[self.schedule](progress)
 
     def combine(self, logits: Tensor, step: int = 0, steps: int = 1) -> Tensor:

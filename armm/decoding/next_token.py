@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -59,6 +60,7 @@ class NextTokenDecoding(SchedulerMixin, ConfigMixin):
         noise: NoiseSource | torch.Generator | Sequence[torch.Generator] | Tensor | None = None,
         known_ids: Tensor | None = None,
         known_mask: Tensor | None = None,
+        prefix: int = 0,
         vocabulary: tuple[int, int] | None = None,
         callback: StepCallback | None = None,
         interrupt: Callable[[], bool] | None = None,
@@ -67,46 +69,56 @@ class NextTokenDecoding(SchedulerMixin, ConfigMixin):
         """Generate the codes of one image per row of `condition`.
 
         null_condition: rows standing for "no condition", needed with active guidance. grid: (height, width) in tokens.
-        noise: where Exp(1) noise comes from, see `NoiseSource`. known_ids, known_mask [B, N]: codes that are given
-        where the mask is True (inpainting): they are fed in place of the drawn ones. vocabulary: (low, high), the ids
+        noise: where Exp(1) noise comes from, see `NoiseSource`; with K sub-codes recorded noise is [B, N, K, V].
+        known_ids [B, N], or [B, N, K], and known_mask [B, N]: codes that are given where the mask is True (inpainting):
+        they are fed in place of the drawn ones. prefix: the first so many are known and go in with the condition, in
+        one call; steps of the guidance count from there. vocabulary: (low, high), the ids
         that stand for codes; only these are computed, and codes are returned as id - low. callback(step, ids so far):
         may return their replacement. interrupt: asked before every token, True ends the loop. record_logits: keep
         what each draw was made from (after guidance, before the filters).
         """
         wake(model)
+        if not model.causal or model.tokens_per_position > 1:
+            raise ValueError("next-token decoding needs a causal model with one token a position; use MaskedTokenDecoding")
         sampler = sampler or Sampler()
         guided = check_guided(guidance, condition, null_condition)
         grid = model.grid if grid is None else model.check_grid(grid)
         low, high = vocabulary_range(model, vocabulary)
-        batch, steps = condition.batch, grid[0] * grid[1]
+        batch, steps, parts = condition.batch, grid[0] * grid[1], model.code_shape
         rows = concatenate([condition, null_condition]) if guided else condition  # type: ignore[list-item]
         device = rows.embeds.device
-        check_known(known_ids, known_mask, batch, steps, high - low)
+        check_known(known_ids, known_mask, batch, steps, high - low, parts)
         if known_ids is not None:
             known_ids, known_mask = known_ids.to(device), known_mask.to(device)
+        _check_prefix(prefix, known_mask, steps)
         if sampler.do_sample and not isinstance(noise, NoiseSource):
-            noise = NoiseSource(noise, batch, high - low, device)
+            if parts and isinstance(noise, Tensor):
+                noise = noise.flatten(2)
+            noise = NoiseSource(noise, batch, math.prod(parts) * (high - low), device)
 
-        stream = _image_stream(model, rows, grid)
-        ids = torch.zeros(batch, steps, dtype=torch.long, device=device)
-        logits_kept = torch.empty(batch, steps, high - low, device=device) if record_logits else None
-        done = 0
+        stream = _image_stream(model, rows, grid, None if not prefix else _fed(known_ids[:, :prefix], low, guided))
+        ids = torch.zeros(batch, steps, *parts, dtype=torch.long, device=device)
+        logits_kept = torch.zeros(batch, steps, *parts, high - low, device=device) if record_logits else None
+        if prefix:
+            ids[:, :prefix] = known_ids[:, :prefix]
+        done = prefix
         token = ids[:, 0]
-        for step in range(steps):
+        for step in range(prefix, steps):
             if interrupt is not None and interrupt():
                 break
-            if guided and not guidance.covers(step):
+            if guided and not guidance.covers(step - prefix):
                 guided = False  # for good: the null rows are not needed any more
                 stream.narrow(batch)
-            hidden = stream.prefill() if step == 0 else stream.feed(_fed(token, low, guided), step - 1)
+            hidden = stream.prefill() if step == prefix else stream.feed(_fed(token, low, guided), step - prefix - 1)
             logits = model.logits(hidden, low=low, high=high)
             if guided:
-                logits = guidance.combine(logits, step, steps)
+                logits = guidance.combine(logits, step - prefix, steps - prefix)
             if logits_kept is not None:
                 logits_kept[:, step] = logits
-            token = sampler(logits, noise.draw(step) if sampler.do_sample else None)
+            token = sampler(logits, noise.draw(step).view(logits.shape) if sampler.do_sample else None)
             if known_ids is not None:
-                token = torch.where(known_mask[:, step], known_ids[:, step], token)
+                known = known_mask[:, step].view(batch, *(1 for _ in parts))
+                token = torch.where(known, known_ids[:, step], token)
             ids.select(1, step).copy_(token)
             done = step + 1
             if callback is not None:
@@ -123,7 +135,20 @@ def _fed(token: Tensor, low: int, guided: bool) -> Tensor:
     return torch.cat([token, token]) if guided else token
 
 
-def _image_stream(model: AutoregressiveModel, rows: Condition, grid: tuple[int, int]) -> TokenStream:
+def _image_stream(
+    model: AutoregressiveModel, rows: Condition, grid: tuple[int, int], prefix: Tensor | None = None
+) -> TokenStream:
+    index = prefix_index(model, rows)
     fed = model.image_index(grid, rows.embeds.device)[:-1]  # the last token is never fed
-    prefix = model.positions_for(prefix_index(model, rows), grid)
-    return TokenStream(model, rows, prefix, model.positions_for(fed, grid))
+    if prefix is not None:
+        given, fed = fed[: prefix.shape[1]], fed[prefix.shape[1] :]
+        rows = rows.extend(model.embed(prefix), given)
+        index = torch.cat([index, given.expand(*index.shape[:-1], -1)], dim=-1)
+    return TokenStream(model, rows, model.positions_for(index, grid), model.positions_for(fed, grid))
+
+
+def _check_prefix(prefix: int, known_mask: Tensor | None, steps: int) -> None:
+    if not isinstance(prefix, int) or not 0 <= prefix < steps:
+        raise ValueError(f"prefix must be an integer between 0 and {steps - 1}, got {prefix!r}")
+    if prefix and (known_mask is None or not bool(known_mask[:, :prefix].all())):
+        raise ValueError(f"prefix={prefix} tokens must all be given: known_ids, with known_mask True there")

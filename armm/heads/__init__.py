@@ -10,11 +10,16 @@ from torch import nn
 from armm.heads.adaptive import AdaptiveHead
 from armm.heads.categorical import CategoricalHead
 from armm.heads.neighboring import NeighboringHead
+from armm.heads.tied import TiedHead
 
-__all__ = ["HEADS", "AdaptiveHead", "CategoricalHead", "NeighboringHead", "build_head"]
+__all__ = ["HEADS", "AdaptiveHead", "CategoricalHead", "NeighboringHead", "TiedHead", "build_head"]
 
 # name in a model's config -> class
-HEADS: dict[str, Callable[..., nn.Module]] = {"categorical": CategoricalHead, "neighboring": NeighboringHead}
+HEADS: dict[str, Callable[..., nn.Module]] = {
+    "categorical": CategoricalHead,
+    "neighboring": NeighboringHead,
+    "tied": TiedHead,
+}
 
 
 def build_head(config: Mapping[str, Any] | None, dim: int, vocab_size: int, bias: bool = False) -> nn.Module:
