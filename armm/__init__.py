@@ -32,6 +32,8 @@ PUBLIC_NAMES: dict[str, str] = {
     # pipelines
     "ARPipeline": "pipelines.base",
     "LlamaGenPipeline": "pipelines.llamagen",
+    "NARPipeline": "pipelines.nar",
+    "PARPipeline": "pipelines.par",
     "VARPipeline": "pipelines.var",
     "UnifiedTextToImagePipeline": "pipelines.unified_text_to_image",
     "UnifiedImageToTextPipeline": "pipelines.unified_image_to_text",
@@ -51,11 +53,15 @@ PUBLIC_NAMES: dict[str, str] = {
     "NoiseSource": "armm.decoding.sampling",
     "Guidance": "armm.decoding.guidance",
     "NextTokenDecoding": "armm.decoding.next_token",
+    "NeighboringDecoding": "armm.decoding.neighboring",
+    "ParallelGroupsDecoding": "armm.decoding.parallel_groups",
+    "TokenShuffleDecoding": "armm.decoding.token_shuffle",
     "NextScaleDecoding": "armm.decoding.next_scale",
     "DecodingOutput": "armm.decoding.base",
     # tokenizers
     "Codes": "tokenizers_visual.codes",
     "VisualTokenizer": "tokenizers_visual.base",
+    "LARPTokenizer": "tokenizers_visual.larp",
     "VQTokenizer": "tokenizers_visual.vq_tokenizer",
     "MultiScaleVQTokenizer": "tokenizers_visual.multi_scale_tokenizer",
 }

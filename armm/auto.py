@@ -25,6 +25,8 @@ TASKS: dict[str, tuple[str, str, str]] = {
 # Family -> (module, pipeline class).
 FAMILY_PIPELINES: dict[str, tuple[str, str]] = {
     "llamagen": ("pipelines.llamagen", "LlamaGenPipeline"),
+    "nar": ("pipelines.nar", "NARPipeline"),
+    "par": ("pipelines.par", "PARPipeline"),
     "var": ("pipelines.var", "VARPipeline"),
 }
 _HUB_OPTIONS = ("revision", "cache_dir", "local_files_only", "force_download", "token")

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from diffusers.configuration_utils import register_to_config
+from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from armm.condition import Condition
-from armm.heads.categorical import CategoricalHead
+from armm.heads import NeighboringHead, build_head
 from armm.model_base import TrunkModel
 from armm.nn.embedders import CaptionEmbedding, LabelEmbedding
 from armm.nn.masks import prefix_mask
 from armm.nn.positions import PositionLayout, PositionTable, image_layout, unified_layout
 from armm.nn.rotary import rotary_table
+from armm.nn.shuffle import TokenShuffle
 from armm.transformer import ARTransformer
 
-__all__ = ["AutoregressiveModel", "Condition"]
+__all__ = ["AutoregressiveModel", "Condition", "ModelMixin"]
 
 
 class AutoregressiveModel(TrunkModel):
@@ -28,19 +31,23 @@ class AutoregressiveModel(TrunkModel):
     - with a `condition` embedder: T condition tokens, then the image in raster order. Condition positions have zero
       rotary rows. T is 1 for {"type": "class", "num_classes": n}, `num_tokens` for {"type": "caption", "in_dim",
       "num_tokens"}.
-    - with `text_slots`/`answer_slots` (text and image ids in one vocabulary): see `unified_layout` for the flat
-      position
+    - with `text_slots`/`answer_slots` (text and image ids in one vocabulary): see `unified_layout` for the flat position
       ids: text right-aligned in 0 .. text_slots-1, begin-of-image text_slots, the image's cells, text after the image.
 
     Args:
         vocab_size: rows of the token embedding and of the head.
-        transformer: keyword arguments of `ARTransformer`. Learned positions, if any, are one row for every flat
-        position.
+        transformer: keyword arguments of `ARTransformer`. Learned positions, if any, are one row for every flat position.
         condition: the embedder, or None.
-        grid: (height, width) of the default image, in tokens.
+        grid: (height, width) of the default image or (time, height, width) of the default video, in tokens.
         text_slots, answer_slots: how many text tokens fit before and after an image.
         head_bias: whether the head has a bias.
         bidirectional_prompt: in a unified model, text before the image and begin-of-image see each other whole.
+        bidirectional_image: in a unified model, text after an image is written with the image and all before it seen whole
+            (an image that is being drawn stays causal).
+        head: None for one categorical head, or {"type": name in `armm.heads.HEADS`, ...}. A neighboring head takes one hidden
+            state for every axis: the trunk has a tap for all of them but the last.
+        shuffle: None, or arguments of `TokenShuffle`: the trunk sees one token for each window of the image.
+        transition_tokens: learned tokens between the single and the parallel tokens of `ParallelGroupsDecoding`.
     """
 
     @register_to_config
@@ -54,6 +61,10 @@ class AutoregressiveModel(TrunkModel):
         answer_slots: int = 0,
         head_bias: bool = False,
         bidirectional_prompt: bool = False,
+        bidirectional_image: bool = False,
+        head: dict | None = None,
+        shuffle: dict | None = None,
+        transition_tokens: int = 0,
     ) -> None:
         super().__init__()
         if not isinstance(vocab_size, int) or vocab_size < 1:
@@ -65,17 +76,21 @@ class AutoregressiveModel(TrunkModel):
         self.vocab_size = vocab_size
         self.grid = self.check_grid(grid)
         self.text_slots, self.answer_slots = text_slots, answer_slots
-        self.bidirectional_prompt = bidirectional_prompt
+        self.bidirectional_prompt, self.bidirectional_image = bidirectional_prompt, bidirectional_image
         self.trunk = ARTransformer.from_dict(dict(transformer or {}))
         dim = self.trunk.dim
         self.token_embedding = nn.Embedding(vocab_size, dim)
         self.condition_type = None if condition is None else condition.get("type")
         self.condition_embedding = _build_condition(condition, dim)
-        self.head = CategoricalHead(dim, vocab_size, bias=head_bias)
+        self.head = build_head(head, dim, vocab_size, head_bias)
+        self.shuffle = None if shuffle is None else TokenShuffle(dim, **shuffle)
+        self.transition_tokens = nn.Embedding(transition_tokens, dim) if transition_tokens else None
+        if self.head.num_states != 1 + len(self.trunk.taps):
+            raise ValueError(
+                f"this head reads {self.head.num_states} hidden states, but the trunk has {len(self.trunk.taps)} taps and its "
+                "output: the config's head and transformer.taps do not belong together"
+            )
         nn.init.normal_(self.token_embedding.weight, std=0.02)
-        nn.init.normal_(self.head.projection.weight, std=0.02)
-        if head_bias:
-            nn.init.zeros_(self.head.projection.bias)
         self.gradient_checkpointing = False
         self._rotary_tables: dict[tuple, Tensor] = {}
         learned = self.trunk.config.learned_positions
@@ -88,11 +103,28 @@ class AutoregressiveModel(TrunkModel):
     # Positions.
 
     @staticmethod
-    def check_grid(grid: Sequence[int]) -> tuple[int, int]:
+    def check_grid(grid: Sequence[int]) -> tuple[int, ...]:
         values = tuple(grid)
-        if len(values) != 2 or any(not isinstance(v, int) or v < 1 for v in values):
-            raise ValueError(f"grid must be two positive integers (height, width) in tokens, got {list(values)}")
+        if len(values) not in (2, 3) or any(not isinstance(v, int) or v < 1 for v in values):
+            raise ValueError(
+                "grid must be two positive integers (height, width), or three (time, height, width), in tokens, got "
+                f"{list(values)}"
+            )
         return values
+
+    @property
+    def window(self) -> int:
+        """Side of the square of image tokens that are one token of the trunk."""
+        return 1 if self.shuffle is None else self.shuffle.window
+
+    def trunk_grid(self, grid: Sequence[int] | None = None) -> tuple[int, ...]:
+        """The image of `grid` tokens in tokens of the trunk; a ValueError if windows do not fit into it."""
+        sizes = self.grid if grid is None else self.check_grid(grid)
+        if any(size % self.window for size in sizes):
+            raise ValueError(
+                f"grid must be a multiple of this model's window of {self.window}x{self.window} tokens, got {list(sizes)}"
+            )
+        return tuple(size // self.window for size in sizes)
 
     @property
     def is_unified(self) -> bool:
@@ -110,10 +142,20 @@ class AutoregressiveModel(TrunkModel):
 
     def layout(self, grid: Sequence[int] | None = None) -> PositionLayout:
         """The numbering of all positions for an image of `grid` tokens."""
-        height, width = self.grid if grid is None else self.check_grid(grid)
+        sizes = self.trunk_grid(grid)
         if self.is_unified:
-            return unified_layout(self.text_slots, height, width, self.answer_slots)
-        return image_layout(self.prefix_slots, height, width)
+            return unified_layout(self.text_slots, *sizes, self.answer_slots)
+        layout = image_layout(self.prefix_slots, *sizes)
+        if self.transition_tokens is None:
+            return layout
+        # One more position, without rotary turns like the condition: all transition tokens stand there.
+        coordinates = torch.nn.functional.pad(layout.coordinates, (0, 0, 0, 1))
+        zero = torch.arange(len(coordinates), device="cpu")
+        return PositionLayout(coordinates, (zero < self.prefix_slots) | (zero == len(layout)))
+
+    def transition_index(self, grid: Sequence[int] | None = None) -> int:
+        """Flat position id of the transition tokens."""
+        return self.prefix_slots + math.prod(self.trunk_grid(grid))
 
     def positions_for(self, index: Tensor, grid: Sequence[int] | None = None) -> PositionTable:
         """The table for flat position ids `index` [N] or [B, N] (see `layout`)."""
@@ -148,20 +190,33 @@ class AutoregressiveModel(TrunkModel):
         return rotary_table(coordinates, trunk.rotary_axes, trunk.rotary_theta, layout.zero, trunk.rotary_layout)
 
     def image_index(self, grid: Sequence[int] | None = None, device: torch.device | str | None = None) -> Tensor:
-        """Flat position ids of the image's tokens: [h * w]."""
-        height, width = self.grid if grid is None else self.check_grid(grid)
-        return torch.arange(self.prefix_slots, self.prefix_slots + height * width, device=device or self.device)
+        """Flat position ids of the image's tokens in the trunk, in raster order."""
+        count = math.prod(self.trunk_grid(grid))
+        return torch.arange(self.prefix_slots, self.prefix_slots + count, device=device or self.device)
 
     def image_positions(self, grid: Sequence[int] | None = None) -> PositionTable:
         """The table for every prefix position followed by the image in raster order."""
-        height, width = self.grid if grid is None else self.check_grid(grid)
-        return self.positions_for(torch.arange(self.prefix_slots + height * width, device=self.device), grid)
+        count = math.prod(self.trunk_grid(grid))
+        return self.positions_for(torch.arange(self.prefix_slots + count, device=self.device), grid)
 
     # Inputs and outputs.
 
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids [B, N] -> [B, N, D]."""
         return self.token_embedding(ids)
+
+    def embed_windows(self, ids: Tensor) -> Tensor:
+        """Ids [B, M, window * window] of windows of image tokens -> tokens of the trunk [B, M, D]."""
+        embeds = self.embed(ids)
+        return embeds[:, :, 0] if self.shuffle is None else self.shuffle.fuse(embeds)
+
+    def embed_image(self, ids: Tensor, grid: Sequence[int] | None = None) -> Tensor:
+        """Ids [B, N] of a whole image in raster order -> tokens of the trunk [B, N / window^2, D]."""
+        if self.shuffle is None:
+            return self.embed(ids)
+        height, width = self.trunk_grid(grid)
+        cells = ids.view(len(ids), height, self.window, width, self.window).transpose(2, 3)
+        return self.embed_windows(cells.reshape(len(ids), height * width, -1))
 
     @apply_forward_hook
     def condition(
@@ -227,15 +282,32 @@ class AutoregressiveModel(TrunkModel):
         bidirectional = length if self.bidirectional_prompt else 0
         return Condition(self.embed(ids), None if mask is None else mask.bool(), index, bidirectional)
 
-    def bidirectional_tokens(self, index: Tensor) -> int:
-        """How many of the tokens at flat position ids `index` [N] or [B, N] see each other whole."""
-        if not self.bidirectional_prompt:
+    def bidirectional_tokens(self, index: Tensor, grid: Sequence[int] | None = None, *, reading: bool = False) -> int:
+        """How many of the first tokens see each other whole, for tokens at flat position ids `index` [N] or [B, N].
+
+        reading: text is written about the image, rather than the image drawn.
+        """
+        if reading and self.bidirectional_image:
+            end = self.prefix_slots + math.prod(self.trunk_grid(grid))
+        elif self.bidirectional_prompt:
+            end = self.prefix_slots
+        else:
             return 0
-        return int((index < self.prefix_slots).sum(-1).max())
+        return int((index < end).sum(-1).max())
 
     def logits(self, hidden: Tensor, *, low: int = 0, high: int | None = None) -> Tensor:
-        """Hidden [..., D] -> float32 logits over the vocabulary, or over its rows low .. high-1."""
-        return self.head(hidden, low, high)
+        """Final hidden state [..., D] -> float32 logits over the vocabulary, or over its rows low .. high-1.
+
+        With a neighboring head these are its last axis's, which text uses as well.
+        """
+        head = self.head.axes[-1] if isinstance(self.head, NeighboringHead) else self.head
+        return head(hidden, low, high)
+
+    def window_logits(self, hidden: Tensor, *, low: int = 0, high: int | None = None) -> Tensor:
+        """Hidden [..., D] -> logits [..., window * window, V] of the tokens of the window that follows."""
+        if self.shuffle is None:
+            return self.logits(hidden, low=low, high=high).unsqueeze(-2)
+        return self.logits(self.shuffle.unfuse(hidden), low=low, high=high)
 
     def hidden(
         self,
@@ -246,8 +318,10 @@ class AutoregressiveModel(TrunkModel):
         mask: Tensor | None = None,
         key_mask: Tensor | None = None,
         grid: Sequence[int] | None = None,
-    ) -> Tensor:
+    ) -> Tensor | tuple[Tensor, dict[int, Tensor]]:
         """Teacher forcing without a cache: hidden states [B, T + N, D] of the condition followed by `ids` [B, N].
+
+        Of a trunk with taps it is (hidden, {tap: hidden}), as from `ARTransformer`.
 
         index: flat position ids of all T + N tokens, [L] or [B, L]; default 0, 1, 2, ... mask: bool or additive,
         replaces causal attention entirely. key_mask: bool [B, L], False on padding, under causal attention.
@@ -283,7 +357,7 @@ class AutoregressiveModel(TrunkModel):
     ) -> Tensor:
         """Logits [B, T + N, V] of `hidden(...)`; the logits at a position are for the token after it."""
         hidden = self.hidden(ids, condition, index=index, mask=mask, key_mask=key_mask, grid=grid)
-        return self.head(hidden, low, high)
+        return self.logits(hidden[0] if isinstance(hidden, tuple) else hidden, low=low, high=high)
 
 
 def _build_condition(config: dict | None, dim: int) -> LabelEmbedding | CaptionEmbedding | None:

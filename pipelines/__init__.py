@@ -9,6 +9,7 @@ _PUBLIC = {
     "ARPipeline": "pipelines.base",
     "ARPipelineOutput": "pipelines.outputs",
     "ARTextOutput": "pipelines.outputs",
+    "ARVideoOutput": "pipelines.outputs",
     "LlamaGenPipeline": "pipelines.llamagen",
     "VARPipeline": "pipelines.var",
     "UnifiedTextToImagePipeline": "pipelines.unified_text_to_image",

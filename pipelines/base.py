@@ -20,11 +20,13 @@ import PIL.Image
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.video_processor import VideoProcessor
 
 from armm.hub import fetch_snapshot
 from tokenizers_visual.codes import Codes
 
 from . import loading
+from .outputs import ARPipelineOutput, ARVideoOutput
 
 __all__ = ["ARPipeline", "DiffusionPipeline", "OUTPUT_TYPES"]
 
@@ -226,6 +228,24 @@ class ARPipeline(DiffusionPipeline):
         replaced = callback(self, step, step, {name: tensors[name] for name in names})
         return replaced or {}
 
+    def make_output(
+        self, codes: Codes, output_type: str = "pil", *, return_dict: bool = True, output_codes: bool = False
+    ) -> Any:
+        """What a call returns for `codes`: an `ARVideoOutput` where `self.tokenizer` codes videos, else an `ARPipelineOutput`.
+        Ends the call: models are offloaded again.
+
+        Args:
+            return_dict: False returns a tuple.
+            output_codes: also return `codes`.
+        """
+        is_video = self.tokenizer.is_video
+        pictures: Any = (self.decode_codes_to_frames if is_video else self.decode_codes_to_images)(codes, output_type)
+        self.maybe_free_model_hooks()
+        if not return_dict:
+            return (pictures, codes) if output_codes else (pictures,)
+        kept = codes if output_codes else None
+        return ARVideoOutput(pictures, kept) if is_video else ARPipelineOutput(pictures, kept)
+
     def decode_codes_to_images(
         self, codes: Codes, output_type: str = "pil"
     ) -> list[PIL.Image.Image] | np.ndarray | torch.Tensor:
@@ -241,3 +261,20 @@ class ARPipeline(DiffusionPipeline):
         """Pixels [B, 3, H, W] in [-1, 1] (not clamped) as `"pil"`, `"np"` or `"pt"`."""
         pixels = pixels.float() if output_type != "pt" else pixels
         return VaeImageProcessor().postprocess(pixels, output_type=output_type)
+
+    def decode_codes_to_frames(
+        self, codes: Codes, output_type: str = "pil"
+    ) -> list[list[PIL.Image.Image]] | np.ndarray | torch.Tensor:
+        """Videos of `codes` through `self.tokenizer`, in the asked form; `"latent"` returns the codes' own tensor."""
+        self.check_output_type(output_type)
+        if output_type == "latent":
+            return codes.tensor
+        return self.pixels_to_frames(self.tokenizer.decode(codes), output_type)
+
+    @staticmethod
+    def pixels_to_frames(
+        pixels: torch.Tensor, output_type: str
+    ) -> list[list[PIL.Image.Image]] | np.ndarray | torch.Tensor:
+        """Videos [B, 3, T, H, W] in [-1, 1] (not clamped) as `"pil"` (a list of frames for each), `"np"` or `"pt"`."""
+        pixels = pixels.float() if output_type != "pt" else pixels
+        return VideoProcessor().postprocess_video(pixels, output_type=output_type)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -99,8 +100,6 @@ class LlamaGenPipeline(T5PromptPipeline):
         prompt: Any,
         prompt_embeds: torch.Tensor | None,
         prompt_attention_mask: torch.Tensor | None,
-        height: int,
-        width: int,
         num_images_per_prompt: int,
     ) -> None:
         """Raises ValueError or TypeError for requests that this checkpoint cannot answer."""
@@ -127,11 +126,21 @@ class LlamaGenPipeline(T5PromptPipeline):
         if prompt_embeds is None and prompt_attention_mask is not None:
             raise ValueError("`prompt_attention_mask` belongs to `prompt_embeds`: give both or neither.")
         self.check_number("num_images_per_prompt", num_images_per_prompt, low=1, integer=True)
-        step = self.tokenizer.downsample
-        for name, value in (("height", height), ("width", width)):
+
+    def grid_of(self, height: int | None, width: int | None) -> tuple[int, ...]:
+        """The tokens of an image of `height` x `width` pixels, by default the checkpoint's own."""
+        step, own = self.tokenizer.downsample, self.transformer.grid
+        sizes = []
+        for name, value, tokens in zip(("height", "width"), (height, width), own, strict=True):
+            value = tokens * step if value is None else value
             self.check_number(name, value, low=step, integer=True)
             if value % step:
                 raise ValueError(f"`{name}` must be a multiple of {step}, the pixels of a token, got {value}.")
+            sizes.append(value // step)
+        grid = tuple(sizes)
+        if grid != own:
+            logger.warning("this checkpoint was trained on %dx%d tokens; %dx%d is out of its training", *own, *grid)
+        return grid
 
     def class_indices(self, class_labels: Any) -> list[int]:
         """`class_labels` (numbers, ImageNet names, or a tensor) as checked class indices."""
@@ -204,12 +213,8 @@ class LlamaGenPipeline(T5PromptPipeline):
         self.check_callback_inputs(callback_on_step_end_tensor_inputs)
         if prompt is None and self.transformer.condition_type == "caption" and _is_text(class_labels):
             class_labels, prompt = None, class_labels
-        rows, columns = self.transformer.grid
-        height = rows * self.tokenizer.downsample if height is None else height
-        width = columns * self.tokenizer.downsample if width is None else width
-        self.check_inputs(
-            class_labels, prompt, prompt_embeds, prompt_attention_mask, height, width, num_images_per_prompt
-        )
+        grid = self.grid_of(height, width)
+        self.check_inputs(class_labels, prompt, prompt_embeds, prompt_attention_mask, num_images_per_prompt)
         settings = self.check_settings(
             guidance_scale=guidance_scale,
             guidance_interval=guidance_interval,
@@ -218,11 +223,6 @@ class LlamaGenPipeline(T5PromptPipeline):
             top_p=top_p,
             do_sample=do_sample,
         )
-        grid = (height // self.tokenizer.downsample, width // self.tokenizer.downsample)
-        if grid != self.transformer.grid:
-            logger.warning(
-                "this checkpoint was trained on %dx%d tokens; %dx%d is out of its training", rows, columns, *grid
-            )
 
         self._guidance_scale = settings["guidance_scale"]
         self._interrupt = False
@@ -265,11 +265,7 @@ class LlamaGenPipeline(T5PromptPipeline):
                 interrupt=lambda: self._interrupt,
             )
         codes = Codes(ids=output.ids, grid=(1, *grid))
-        images = self.decode_codes_to_images(codes, output_type)
-        self.maybe_free_model_hooks()
-        if not return_dict:
-            return (images, codes) if output_codes else (images,)
-        return ARPipelineOutput(images=images, codes=codes if output_codes else None)
+        return self.make_output(codes, output_type, return_dict=return_dict, output_codes=output_codes)
 
     def encode_condition(
         self,
@@ -287,12 +283,12 @@ class LlamaGenPipeline(T5PromptPipeline):
         return self.transformer.condition(features=features, mask=mask)
 
     def known_tokens(
-        self, latents: torch.Tensor | None, batch: int, grid: tuple[int, int], device: torch.device
+        self, latents: torch.Tensor | None, batch: int, grid: tuple[int, ...], device: torch.device
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """The ids to keep and where: `latents` [B, N] (or [1, N]) with -1 at open places."""
         if latents is None:
             return None, None
-        tokens = grid[0] * grid[1]
+        tokens = math.prod(grid)
         if not isinstance(latents, torch.Tensor) or latents.dtype != torch.int64 or latents.dim() != 2:
             raise TypeError(
                 "`latents` must be an int64 tensor of token ids [batch, tokens], -1 where tokens are to be generated."
@@ -304,9 +300,9 @@ class LlamaGenPipeline(T5PromptPipeline):
         latents = latents.to(device).expand(batch, -1)
         return latents.clamp(min=0), latents >= 0
 
-    def check_noise(self, noise: torch.Tensor | None, batch: int, grid: tuple[int, int]) -> None:
+    def check_noise(self, noise: torch.Tensor | None, batch: int, grid: tuple[int, ...]) -> None:
         """Raises ValueError unless recorded `noise` fits the call."""
-        expected = (batch, grid[0] * grid[1], self.transformer.vocab_size)
+        expected = (batch, math.prod(grid), self.transformer.vocab_size)
         if noise is not None and (not isinstance(noise, torch.Tensor) or tuple(noise.shape) != expected):
             shape = tuple(noise.shape) if isinstance(noise, torch.Tensor) else type(noise).__name__
             raise ValueError(f"`noise` must be a tensor {list(expected)} [batch, tokens, vocabulary], got {shape}.")

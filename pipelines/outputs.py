@@ -27,6 +27,20 @@ class ARPipelineOutput(BaseOutput):
 
 
 @dataclass
+class ARVideoOutput(BaseOutput):
+    """Generated videos.
+
+    Args:
+        frames: a list of PIL images for each video (`output_type="pil"`), a float32 array [B, T, H, W, 3] in [0, 1]
+            (`"np"`), a tensor [B, T, 3, H, W] in [0, 1] (`"pt"`) or the token ids [B, N] themselves (`"latent"`).
+        codes: the visual codes behind the videos, when the call asked for them with `output_codes=True`.
+    """
+
+    frames: list[list[PIL.Image.Image]] | np.ndarray | torch.Tensor
+    codes: Codes | None = None
+
+
+@dataclass
 class ARTextOutput(BaseOutput):
     """Generated texts, one for each request.
 

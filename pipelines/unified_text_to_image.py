@@ -86,8 +86,4 @@ class UnifiedTextToImagePipeline(UnifiedPipeline):
             callback=callback_on_step_end,
             callback_names=callback_on_step_end_tensor_inputs,
         )
-        images = self.decode_codes_to_images(codes, output_type)
-        self.maybe_free_model_hooks()
-        if not return_dict:
-            return (images, codes) if output_codes else (images,)
-        return ARPipelineOutput(images=images, codes=codes if output_codes else None)
+        return self.make_output(codes, output_type, return_dict=return_dict, output_codes=output_codes)

@@ -11,6 +11,7 @@ import torch
 
 from armm.data.scenes import VOCABULARY
 from armm.decoding.next_token import NextTokenDecoding
+from armm.nn.masks import prefix_mask
 from armm.training import Recipe, load_recipe
 from armm.training.recipe import OptimizerRecipe
 from armm.training.tasks.unified import UnifiedTask
@@ -181,11 +182,24 @@ def test_targets_are_the_words_after_the_image(task):
         text = [value for value in inputs[1:] if value not in (words.pad, words.end)]
         assert inputs[0] == words.caption and [value for value in wanted if value != -100] == [*text, words.end]
     codes = batch["reading"][:, task.text_slots + 1 : prefix] - len(words)
-    assert torch.equal(codes, batch["reading_codes"]) and 0 <= int(codes.min()) and int(codes.max()) < CODES
+    assert 0 <= int(codes.min()) and int(codes.max()) < CODES
+    reading = round(8 * task.data["reading_share"])
+    rows = torch.randint(len(task.train_data), (8,), generator=task.generator(0, 0))[:reading]
+    assert torch.equal(codes, task.train_data.codes[rows].long())
+
+
+def test_a_share_of_the_drawing_rows_has_no_caption(task):
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.arange(30)
+    null = torch.tensor([task.words.null] + [task.words.pad] * (task.text_slots - 1))
+    for share, low, high in ((0.0, 0, 0), (0.5, 5, 25), (1.0, 30, 30)):
+        drawing = task.drawing_rows(task.train_data, rows, generator, share)["drawing"]
+        assert low <= int((drawing[:, : task.text_slots] == null).all(1).sum()) <= high
 
 
 def test_training_and_pipelines_agree_on_prefixes(task, draw):
-    batch = task.batch(0, 8, 0)
+    generator = torch.Generator().manual_seed(0)
+    batch = task.batch(0, 8, 0) | task.drawing_rows(task.train_data, torch.arange(2), generator, 0.0)
     slots = task.text_slots
     prompt = task.words.decode(batch["drawing"][0, :slots].tolist())
     assert torch.equal(draw.encode_prompt(prompt)[0], batch["drawing"][0, : slots + 1])
@@ -204,7 +218,7 @@ def test_the_loss_falls(recipe):
         loss.backward()
         optimizer.step()
         totals.append({name: value.item() for name, value in logs.items()})
-    for name in ("image", "null", "caption", "answer"):
+    for name in ("image", "caption", "answer"):
         early, late = (sum(entry[name] for entry in part) for part in (totals[:5], totals[-5:]))
         assert late < 0.9 * early, name
     task.module.eval()
@@ -350,7 +364,11 @@ def test_reading_matches_teacher_forcing(read, picture):
     question = [words.question, *words.encode("what color is the cube"), words.answer]
     ids = torch.cat([read.null_prefix(1), read.encode_image(picture) + len(words), torch.tensor([question])], 1)
     with torch.no_grad():
-        logits = model(ids, index=torch.arange(ids.shape[1]), high=len(words))
+        index = torch.arange(ids.shape[1])
+        whole = model.bidirectional_tokens(index, reading=True)
+        assert whole == model.prefix_slots + model.grid[0] * model.grid[1]
+        mask = prefix_mask(torch.ones_like(ids, dtype=torch.bool), ids.shape[1], whole)
+        logits = model(ids, index=index, mask=mask, high=len(words))
     assert said == words.decode([int(logits[0, -1].argmax())])
 
 

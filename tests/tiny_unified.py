@@ -49,6 +49,7 @@ def unified_pipeline(**settings: Any) -> UnifiedTextToImagePipeline:
         text_slots=SLOTS,
         answer_slots=ANSWERS,
         bidirectional_prompt=True,
+        bidirectional_image=True,
     ).eval()
     for parameter in model.parameters():
         if parameter.dim() > 1:

@@ -11,6 +11,8 @@ _PUBLIC = {
     "ConvEncoder": "tokenizers_visual.autoencoder",
     "ConvDecoder": "tokenizers_visual.autoencoder",
     "VectorQuantizer": "tokenizers_visual.quantizers",
+    "ViT": "tokenizers_visual.vit",
+    "LARPTokenizer": "tokenizers_visual.larp",
     "VQTokenizer": "tokenizers_visual.vq_tokenizer",
     "MultiScaleQuantizer": "tokenizers_visual.multi_scale",
     "MultiScaleVQTokenizer": "tokenizers_visual.multi_scale_tokenizer",

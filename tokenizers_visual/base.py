@@ -52,6 +52,11 @@ class VisualTokenizer(ModelMixin, ConfigMixin):
     def is_discrete(self) -> bool:
         return self.codebook_size > 0
 
+    @property
+    def is_video(self) -> bool:
+        """Whether pixels are videos `[B, 3, T, H, W]`."""
+        return False
+
     def check_pixels(self, pixels: torch.Tensor) -> None:
         """Raises ValueError unless `pixels` is float `[B, 3, H, W]` with sides that the tokenizer can tile."""
         channels = self.config.in_channels
@@ -65,4 +70,15 @@ class VisualTokenizer(ModelMixin, ConfigMixin):
             raise ValueError(
                 f"`pixels` of {height}x{width} cannot be tiled: both sides must be multiples of {self.downsample}; resize or crop "
                 "the image first."
+            )
+
+    def check_ids(self, codes: Codes) -> None:
+        """Raises ValueError unless `codes` hold one id of this tokenizer's codebook for each position."""
+        if codes.ids is None or codes.ids.ndim != 2:
+            raise ValueError("`codes` must hold discrete `ids` of shape [B, N]: this tokenizer has one id per position.")
+        low, high = codes.ids.aminmax()
+        if low < 0 or high >= self.codebook_size:
+            raise ValueError(
+                f"`codes.ids` must lie in [0, {self.codebook_size - 1}], the codebook of this tokenizer, got values from {low} to "
+                f"{high}: was the model trained with another tokenizer?"
             )

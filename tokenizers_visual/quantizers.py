@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+# Randomness of a batch: torch's own, one generator, or one for each sample.
+Generators: TypeAlias = torch.Generator | Sequence[torch.Generator] | None
 
 
 class Quantized(NamedTuple):
@@ -55,12 +59,24 @@ class VectorQuantizer(nn.Module):
             )
         return distances.argmin(-1)
 
-    def forward(self, vectors: torch.Tensor) -> Quantized:
-        """Quantizes `vectors` `[B, N, C]`."""
+    def draw(self, vectors: torch.Tensor, temperature: float, generator: Generators = None) -> torch.Tensor:
+        """Ids `[B, N]` drawn from softmax(<vector, code> / temperature) for normalised `vectors` `[B, N, C]`.
+
+        Args:
+            generator: a list has one generator for each row of the batch, which then does not depend on the others.
+        """
+        with torch.autocast(vectors.device.type, enabled=False):
+            logits = vectors @ self.codebook().transpose(0, 1) / temperature
+        # argmax(p / exponential noise), in logarithms
+        return (logits - _exponential_noise(logits.shape, generator, logits.device).log()).argmax(-1)
+
+    def forward(self, vectors: torch.Tensor, ids: torch.Tensor | None = None) -> Quantized:
+        """Quantizes `vectors` `[B, N, C]` to the nearest codes, or to the codes `ids` `[B, N]`."""
         with torch.autocast(vectors.device.type, enabled=False):
             vectors = self.normalize(vectors)
             codebook = self.codebook()
-            ids = self.nearest(vectors.detach(), codebook.detach())
+            if ids is None:
+                ids = self.nearest(vectors.detach(), codebook.detach())
             codes = F.embedding(ids, codebook)
             codebook_loss = F.mse_loss(codes, vectors.detach())
             commitment_loss = F.mse_loss(vectors, codes.detach())
@@ -69,6 +85,22 @@ class VectorQuantizer(nn.Module):
     def lookup(self, ids: torch.Tensor) -> torch.Tensor:
         """Code vectors float32 `[..., dim]` of int64 `ids`; ids outside the codebook raise IndexError on a CPU."""
         return self.normalize(F.embedding(ids, self.embedding.weight))
+
+
+def _exponential_noise(shape: torch.Size, generator: Generators, device: torch.device) -> torch.Tensor:
+    """Positive noise of `shape` [B, ...] on `device`, made where the generators are."""
+    if generator is None or isinstance(generator, torch.Generator):
+        generators: Sequence[torch.Generator | None] = [generator]
+        rows = shape
+    else:
+        generators, rows = generator, torch.Size((1, *shape[1:]))
+        if len(generators) != shape[0]:
+            raise ValueError(f"`generator` holds {len(generators)} generators for a batch of {shape[0]}: give one for each.")
+    noise = [
+        torch.empty(rows, device=device if source is None else source.device).exponential_(generator=source).to(device)
+        for source in generators
+    ]
+    return torch.cat(noise).clamp_(min=torch.finfo(torch.float32).tiny)
 
 
 class MovingAverageCodebook(nn.Module):

@@ -123,7 +123,7 @@ class VQTokenizer(VisualTokenizer):
 
     def embed(self, codes: Codes) -> torch.Tensor:
         """Code vectors float32 `[B, N, codebook_dim]`; l2-normalised where the codebook is."""
-        self._check_codes(codes)
+        self.check_ids(codes)
         return self.quantizer.lookup(codes.ids)
 
     @apply_forward_hook
@@ -144,13 +144,3 @@ class VQTokenizer(VisualTokenizer):
         grid = (1, features.shape[-2], features.shape[-1])
         quantized = self.quantizer(features.flatten(2).transpose(1, 2))
         return self.decode_vectors(quantized.vectors, grid), quantized
-
-    def _check_codes(self, codes: Codes) -> None:
-        if codes.ids is None or codes.ids.ndim != 2:
-            raise ValueError("`codes` must hold discrete `ids` of shape [B, N]: this tokenizer has one id per position.")
-        low, high = codes.ids.aminmax()
-        if low < 0 or high >= self.codebook_size:
-            raise ValueError(
-                f"`codes.ids` must lie in [0, {self.codebook_size - 1}], the codebook of this tokenizer, got values from {low} to "
-                f"{high}: was the model trained with another tokenizer?"
-            )

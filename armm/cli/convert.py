@@ -18,6 +18,7 @@ Code inside a checkpoint is never run; missing and unknown tensors are errors th
 EXAMPLES = """\
   armm convert llamagen c2i_B_256.pt --tokenizer vq_ds16_c2i.pt -o llamagen-c2i-b-256
   armm convert llamagen vq_ds16_c2i.pt -o llamagen-vq-16
+  armm convert larp LARP-L-long-tokenizer/ -o larp-tokenizer
   armm convert llamagen t2i_XL_stage1_256.pt --tokenizer vq_ds16_t2i.pt -o llamagen-t2i --config '{"norm_eps": 1e-5}'
 """
 
@@ -25,7 +26,9 @@ EXAMPLES = """\
 def add(subparsers: argparse._SubParsersAction) -> None:
     parser = add_parser(subparsers, "convert", "a published checkpoint as a folder of ours", DESCRIPTION, EXAMPLES)
     parser.add_argument("family", metavar="FAMILY", help="the published family, such as llamagen")
-    parser.add_argument("file", metavar="FILE", help="the authors' checkpoint: .pt, .pth, .bin or .safetensors")
+    parser.add_argument(
+        "file", metavar="FILE", help="the authors' checkpoint: .pt, .pth, .bin, .safetensors, or a folder"
+    )
     parser.add_argument("-o", "--output", required=True, metavar="DIR", help="new folder to write")
     parser.add_argument("--tokenizer", metavar="FILE", help="the authors' image tokenizer: makes a pipeline")
     parser.add_argument(
@@ -56,7 +59,7 @@ def read_config(value: str | None) -> dict[str, Any] | None:
 
 def run(args: argparse.Namespace) -> int:
     for option, value in (("FILE", args.file), ("--tokenizer", args.tokenizer)):
-        if value is not None and not Path(value).is_file():
+        if value is not None and not Path(value).exists():
             raise FileNotFoundError(f"{option}: no file {value!r}")
     config = read_config(args.config)
     target = check_new_folder("--output", args.output)
@@ -67,6 +70,8 @@ def run(args: argparse.Namespace) -> int:
     from armm.convert import family_module
 
     family = family_module(args.family)
+    if args.tokenizer is not None and args.family not in FAMILY_PIPELINES:
+        raise ValueError(f"--tokenizer: {args.family} is a family of tokenizers; convert its FILE alone")
     options = {"config": config, "dtype": getattr(torch, args.dtype) if args.dtype else None, "use_ema": args.use_ema}
     if args.tokenizer is None:
         converted = family.convert(args.file, **options)

@@ -1,4 +1,4 @@
-"""`armm generate`: pictures from sentences or class labels."""
+"""`armm generate`: pictures and videos from sentences or class labels."""
 
 from __future__ import annotations
 
@@ -17,13 +17,22 @@ from armm.cli.common import (
     resolve_device,
     whole,
 )
-from armm.cli.output import IMAGE_SUFFIXES, check_file, image_grid, save_gif, save_image
+from armm.cli.output import (
+    IMAGE_SUFFIXES,
+    check_file,
+    check_video_file,
+    image_grid,
+    save_gif,
+    save_image,
+    save_video,
+)
 
 if TYPE_CHECKING:
     from PIL import Image
 
 DESCRIPTION = """\
-Makes pictures from sentences (PROMPT, in quotes, one picture each) or from class labels.
+Makes pictures from sentences (PROMPT, in quotes, one picture each) or from class labels; with --video, videos, by a
+model that makes videos.
 
 Image number i is drawn with the seed SEED + i and its own random stream, so it is the same picture whether it is made
 alone or together with others. Without --seed one is chosen and printed."""
@@ -33,16 +42,22 @@ EXAMPLES = """\
   armm generate "a large shiny cone at night" "a red cube and a blue sphere" -o out.png --num-images 4 --grid --seed 3
   armm generate "a red cone behind a green cube" -o out.png --animate steps.gif
   armm generate --model llamagen-c2i-b-256 --class-labels 207 360 -o animals.png --guidance-scale 4
+  armm generate --model my-video-model --class-labels 7 --video surf.gif --fps 8
 """
+DEFAULT_FPS = 8
 
 
 def add(subparsers: argparse._SubParsersAction) -> None:
-    parser = add_parser(subparsers, "generate", "pictures from sentences or class labels", DESCRIPTION, EXAMPLES)
+    summary = "pictures and videos from sentences or class labels"
+    parser = add_parser(subparsers, "generate", summary, DESCRIPTION, EXAMPLES)
     parser.add_argument(
         "prompt", nargs="*", metavar="PROMPT", help="what to draw, in quotes; several make several pictures"
     )
+    target = parser.add_mutually_exclusive_group(required=True)
+    target.add_argument("-o", "--output", metavar="FILE", help="picture to write: .png, .jpg, .webp, ...")
+    target.add_argument("--video", metavar="FILE", help="video to write: .gif, or .mp4 with the extra armm[video]")
     parser.add_argument(
-        "-o", "--output", required=True, metavar="FILE", help="picture to write: .png, .jpg, .webp, ..."
+        "--fps", type=whole(1, 240), metavar="N", help=f"frames a second of --video (default: {DEFAULT_FPS})"
     )
     parser.add_argument(
         "--model", default="text-to-image", help="a zoo name, a hub id or a folder (default: the shipped model)"
@@ -116,7 +131,15 @@ def request(args: argparse.Namespace) -> tuple[dict[str, Any], int]:
 
 def run(args: argparse.Namespace) -> int:
     what, count = request(args)
-    path = check_file("--output", args.output, IMAGE_SUFFIXES)
+    fps = DEFAULT_FPS if args.fps is None else args.fps
+    if args.video is not None:
+        path = check_video_file("--video", args.video, fps)
+        if args.animate is not None:
+            raise ValueError("--animate shows the tokens of a picture, not of a --video")
+    else:
+        path = check_file("--output", args.output, IMAGE_SUFFIXES)
+        if args.fps is not None:
+            raise ValueError("--fps belongs to --video")
     animation = check_file("--animate", args.animate, (".gif",)) if args.animate is not None else None
     resolve_device(args.device)
     seed = secrets.randbelow(2**31) if args.seed is None else args.seed
@@ -124,6 +147,9 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     pipe = load_pipeline(args.model, args)
+    if makes_videos(pipe) != (args.video is not None):
+        made, option = ("videos", "--video") if makes_videos(pipe) else ("pictures", "--output")
+        raise ValueError(f"{type(pipe).__name__} makes {made}: give {option}")
     options = {
         **what,
         "guidance_scale": args.guidance_scale,
@@ -135,6 +161,10 @@ def run(args: argparse.Namespace) -> int:
     arguments = call_arguments(pipe, options)
     generators = [torch.Generator().manual_seed(seed + index) for index in range(count)]
     output = pipe(**arguments, generator=generators)
+    if args.video is not None:
+        return write_videos(
+            args, [[resized(frame, args.size) for frame in video] for video in output.frames], path, fps, seed
+        )
     images = [resized(image, args.size) for image in output.images]
 
     paths = [path] if args.grid else output_paths(path, len(images))
@@ -146,6 +176,26 @@ def run(args: argparse.Namespace) -> int:
         frames, durations = appearing_tokens(pipe, output.codes, args.animate_size, quiet=args.quiet)
         save_gif(frames, durations, animation)
         paths.append(animation)
+    report(args, paths, seed)
+    return 0
+
+
+def makes_videos(pipe: Any) -> bool:
+    """Whether the pipeline's tokenizer codes videos."""
+    return any(getattr(component, "is_video", False) for component in pipe.components.values())
+
+
+def write_videos(args: argparse.Namespace, videos: list[list[Image.Image]], path: Path, fps: int, seed: int) -> int:
+    """Writes each video to a file, or all side by side into one with `--grid`."""
+    paths = [path] if args.grid else output_paths(path, len(videos))
+    if args.grid:
+        videos = [[image_grid(frames) for frames in zip(*videos, strict=True)]]
+    for frames, target in zip(videos, paths, strict=True):
+        save_video(frames, fps, target)
+    report(args, paths, seed)
+    return 0
+
+
+def report(args: argparse.Namespace, paths: list[Path], seed: int) -> None:
     if not args.quiet:
         print(f"{', '.join(map(str, paths))} (seed {seed})")
-    return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import shutil
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
     from PIL import Image
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+VIDEO_SUFFIXES = (".mp4", ".gif")
+MP4_PACKAGES = ("imageio", "imageio_ffmpeg")
+GIF_MAX_FPS = 50  # players slow shorter frames down
 
 
 def _check_folder(option: str, path: Path) -> None:
@@ -97,6 +101,37 @@ def save_gif(frames: Sequence[Image.Image], durations: Sequence[int], path: Path
         frames[0].save(
             temporary, save_all=True, append_images=list(frames[1:]), duration=list(durations), loop=0, optimize=False
         )
+
+
+def check_video_file(option: str, value: str, fps: int) -> Path:
+    """The path of a video to be written; also refuses what cannot be written here, or not at `fps` frames a second."""
+    path = check_file(option, value, VIDEO_SUFFIXES)
+    if path.suffix.lower() == ".gif":
+        if fps > GIF_MAX_FPS:
+            raise ValueError(f"--fps: a GIF shows at most {GIF_MAX_FPS} frames a second, got {fps}; write an .mp4")
+    elif not all(importlib.util.find_spec(name) for name in MP4_PACKAGES):
+        raise ValueError(
+            f"{option}: writing .mp4 needs imageio and imageio-ffmpeg; install them with `pip install 'armm[video]'`, or give a "
+            "file name ending in .gif"
+        )
+    return path
+
+
+def gif_durations(count: int, fps: int) -> list[int]:
+    """Milliseconds of each of `count` frames: whole hundredths of a second, as a GIF has them, without drifting from `fps`."""
+    ends = [round(100 * index / fps) for index in range(count + 1)]
+    return [10 * (end - start) for start, end in zip(ends, ends[1:], strict=False)]
+
+
+def save_video(frames: Sequence[Image.Image], fps: int, path: Path) -> None:
+    """Writes a GIF or an MP4, by `path`'s extension, at `fps` frames a second."""
+    if path.suffix.lower() == ".gif":
+        save_gif(frames, gif_durations(len(frames), fps), path)
+        return
+    from diffusers.utils import export_to_video
+
+    with atomic_file(path) as temporary:
+        export_to_video(list(frames), str(temporary), fps=fps, macro_block_size=2)
 
 
 def save_json(value: Any, path: Path) -> None:

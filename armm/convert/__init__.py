@@ -19,7 +19,13 @@ from .containers import (
 )
 
 # Family -> the module with its `convert` and `load_single_file`.
-FAMILIES: dict[str, str] = {"llamagen": "armm.convert.llamagen", "var": "armm.convert.var"}
+FAMILIES: dict[str, str] = {
+    "larp": "armm.convert.larp",
+    "llamagen": "armm.convert.llamagen",
+    "nar": "armm.convert.nar",
+    "par": "armm.convert.par",
+    "var": "armm.convert.var",
+}
 
 __all__ = [
     "FAMILIES",

@@ -21,8 +21,8 @@ import torch
 logger = logging.getLogger(__name__)
 
 # Keys under which trainers put the weights, in the order in which they are tried; a flat file has none of them.
-WEIGHT_KEYS = ("model", "module", "state_dict", "model_state_dict")
-EMA_KEYS = ("ema", "model_ema", "ema_state_dict")
+WEIGHT_KEYS = ("model", "module", "state_dict", "model_state_dict", "sd")
+EMA_KEYS = ("ema", "model_ema", "ema_state_dict", "ema_sd")
 # Wrappers add these in front of every name.
 WRAPPER_PREFIXES = ("module.", "_orig_mod.", "_fsdp_wrapped_module.")
 # Harmless classes found in published files. Everything else that is not a tensor or plain data is refused.
@@ -75,13 +75,33 @@ def load_state_dict(path: Any, *, use_ema: bool = False, keys: tuple[str, ...] =
 
     Tensors may be backed by the file itself (memory mapping): copy what outlives it.
     """
-    path = Path(path)
+    return strip_prefixes(unwrap(_read(Path(path)), path, use_ema=use_ema, keys=keys))
+
+
+def load_arguments(path: Any) -> dict[str, Any]:
+    """The constructor arguments that a trainer stored beside the weights in `path` (under "args"); empty where there are none."""
+    content = _read(Path(path))
+    for _ in range(3):
+        if not isinstance(content, Mapping):
+            break
+        arguments = content.get("args")
+        if isinstance(arguments, argparse.Namespace):
+            return vars(arguments)
+        if isinstance(arguments, Mapping):
+            return dict(arguments)
+        key = _weights_key(content, False)
+        if key is None:
+            break
+        content = content[key]
+    return {}
+
+
+def _read(path: Path) -> Any:
     if path.is_dir():
         raise UnreadableCheckpointError(f"{path} is a directory, not a checkpoint file.")
     if not path.is_file():
         raise UnreadableCheckpointError(f"there is no checkpoint file {path}.")
-    content = _read_safetensors(path) if _is_safetensors(path) else _read_pickle(path)
-    return strip_prefixes(unwrap(content, path, use_ema=use_ema, keys=keys))
+    return _read_safetensors(path) if _is_safetensors(path) else _read_pickle(path)
 
 
 def _is_safetensors(path: Path) -> bool:
@@ -154,7 +174,7 @@ def unwrap(
     return dict(content)
 
 
-def _weights_key(content: Mapping[str, Any], use_ema: bool, keys: tuple[str, ...]) -> str | None:
+def _weights_key(content: Mapping[str, Any], use_ema: bool, keys: tuple[str, ...] = ()) -> str | None:
     nested = [key for key, value in content.items() if isinstance(value, Mapping)]
     order = EMA_KEYS if use_ema else (*keys, *WEIGHT_KEYS, *EMA_KEYS)
     for key in order:

@@ -38,6 +38,13 @@ def split_qkv(tensor: torch.Tensor, context: Mapping[str, Any]) -> tuple[torch.T
     return tensor.split(rows, dim=0)
 
 
+def split_thirds(tensor: torch.Tensor, context: Mapping[str, Any]) -> tuple[torch.Tensor, ...]:
+    """Rows of a fused projection in which queries, keys and values have the same size."""
+    if tensor.shape[0] % 3:
+        raise CheckpointShapeError(f"expected queries, keys and values of equal size, got {tensor.shape[0]} rows")
+    return tensor.chunk(3, dim=0)
+
+
 @dataclass(frozen=True)
 class Rule:
     """One rule.

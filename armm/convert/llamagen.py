@@ -23,11 +23,11 @@ from armm.model import AutoregressiveModel
 from tokenizers_visual.vq_tokenizer import VQTokenizer
 
 from .containers import CheckpointKeysError, CheckpointShapeError, load_state_dict
+from .facts import compare as _compare
+from .facts import count as _count
+from .facts import read_options
+from .facts import shape as _shape
 from .keymap import Rule, apply_rules, load_strict, split_qkv, squeeze_convolution
-from .shapes import compare as _compare
-from .shapes import count as _count
-from .shapes import read_options
-from .shapes import shape as _shape
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ PUBLISHED_HEADS: dict[tuple[int, int], int] = {
     (4096, 32): 32,
 }
 # Authors' names of the options -> ours, and the names of what can be read off the tensors and is compared with them.
-_OPTION_NAMES = {
+OPTION_NAMES = {
     "n_head": "num_heads",
     "n_kv_head": "num_kv_heads",
     "rope_base": "rotary_theta",
@@ -55,7 +55,7 @@ _OPTION_NAMES = {
     "decoder_ch_mult": "decoder_multipliers",
     "ch": "base_channels",
 }
-_TRANSFORMER_OPTIONS = {
+TRANSFORMER_OPTIONS = {
     "num_heads", "num_kv_heads", "norm_eps", "rotary_theta", "block_size", "dim", "num_layers", "vocab_size", "num_classes",
     "caption_dim", "condition_tokens", "model_type", "grid",
 }  # fmt: skip
@@ -155,19 +155,17 @@ def convert_state_dict(
 ) -> AutoregressiveModel | VQTokenizer:
     """Like `convert`, from tensors under the authors' names. `name` is the file's, which may say the size of the images."""
     if "quantize.embedding.weight" in state:
-        options = read_options(config, _TOKENIZER_OPTIONS, _OPTION_NAMES)
+        options = read_options(config, OPTION_NAMES, _TOKENIZER_OPTIONS)
         with init_empty_weights():
             model = VQTokenizer(**tokenizer_arguments(state, options))
         return load_strict(model, apply_rules(state, TOKENIZER_RULES), TOKENIZER_RULES, dtype=dtype)
     if "tok_embeddings.weight" in state:
-        options = read_options(config, _TRANSFORMER_OPTIONS, _OPTION_NAMES)
+        options = read_options(config, OPTION_NAMES, TRANSFORMER_OPTIONS)
         arguments = transformer_arguments(state, options)
         trunk = arguments["transformer"]
-        head_dim = trunk["dim"] // trunk["num_heads"]
-        rows = (trunk["dim"], trunk["num_kv_heads"] * head_dim, trunk["num_kv_heads"] * head_dim)
         with init_empty_weights():
             model = AutoregressiveModel(**arguments, grid=grid_of(name, options))
-        converted = apply_rules(state, TRANSFORMER_RULES, {"qkv_rows": rows})
+        converted = apply_rules(state, TRANSFORMER_RULES, {"qkv_rows": qkv_rows(trunk)})
         return load_strict(model, converted, TRANSFORMER_RULES, dtype=dtype)
     raise CheckpointKeysError(
         "this is no LlamaGen checkpoint: it holds neither 'tok_embeddings.weight' (a transformer) nor 'quantize.embedding.weight' "
@@ -176,16 +174,24 @@ def convert_state_dict(
     )
 
 
-def transformer_arguments(state: Mapping[str, torch.Tensor], options: Mapping[str, Any]) -> dict[str, Any]:
-    """Init arguments of `AutoregressiveModel` for the tensors of a transformer."""
+def transformer_arguments(
+    state: Mapping[str, torch.Tensor],
+    options: Mapping[str, Any],
+    published_heads: Mapping[tuple[int, int], int] = PUBLISHED_HEADS,
+    extra_layers: int = 0,
+) -> dict[str, Any]:
+    """Init arguments of `AutoregressiveModel` for the tensors of a transformer.
+
+    published_heads, extra_layers: of families with the same blocks: heads by (width, layers), and layers that are not counted there.
+    """
     vocab_size, dim = _shape(state, "tok_embeddings.weight", 2)
     num_layers = _count(state, r"layers\.(\d+)\.")
     hidden = _shape(state, "layers.0.feed_forward.w1.weight", 2)[0]
-    num_heads = options.get("num_heads", PUBLISHED_HEADS.get((dim, num_layers)))
+    num_heads = options.get("num_heads", published_heads.get((dim, num_layers - extra_layers)))
     if num_heads is None:
         raise ValueError(
-            f"a transformer {dim} wide with {num_layers} layers is none of the published sizes, and the file does not say how many "
-            "attention heads it has: pass config={'num_heads': ...}."
+            f"a transformer {dim} wide with {num_layers - extra_layers} layers is none of the published sizes, and the file does not "
+            "say how many attention heads it has: pass config={'num_heads': ...}."
         )
     if not isinstance(num_heads, int) or num_heads < 1 or dim % num_heads or (dim // num_heads) % 4:
         raise ValueError(f"`num_heads` must divide the width {dim} into heads of a multiple of 4, got {num_heads!r}.")
@@ -197,7 +203,7 @@ def transformer_arguments(state: Mapping[str, torch.Tensor], options: Mapping[st
             f"layers.0.attention.wqkv.weight has {rows} rows, which {num_heads} heads of {head_dim} cannot produce: is `num_heads` right?"
         )
     found: dict[str, Any] = {
-        "dim": dim, "num_layers": num_layers, "vocab_size": vocab_size, "num_kv_heads": num_kv_heads
+        "dim": dim, "num_layers": num_layers - extra_layers, "vocab_size": vocab_size, "num_kv_heads": num_kv_heads
     }  # fmt: skip
     if "cls_embedding.embedding_table.weight" in state:
         num_classes = _shape(state, "cls_embedding.embedding_table.weight", 2)[0] - 1
@@ -230,6 +236,12 @@ def transformer_arguments(state: Mapping[str, torch.Tensor], options: Mapping[st
             "rotary_layout": "interleaved",
         },
     }
+
+
+def qkv_rows(trunk: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Rows of the query, key and value parts of a merged projection, for arguments of `ARTransformer`."""
+    head_dim = trunk["dim"] // trunk["num_heads"]
+    return (trunk["dim"], trunk["num_kv_heads"] * head_dim, trunk["num_kv_heads"] * head_dim)
 
 
 def tokenizer_arguments(state: Mapping[str, torch.Tensor], options: Mapping[str, Any]) -> dict[str, Any]:
@@ -306,27 +318,37 @@ def load_single_file(
         text_encoder, text_tokenizer: of a text-conditional model, for prompts; without them calls take `prompt_embeds`.
         hub_options: `revision`, `cache_dir`, `local_files_only`, `token` for files on the hub.
     """
-
-    def dtype_of(name: str) -> torch.dtype | None:
-        return dtype.get(name, dtype.get("default")) if isinstance(dtype, dict) else dtype
-
     local = resolve_file(path, **hub_options)
-    transformer = convert(local, config=config, dtype=dtype_of("transformer"), use_ema=use_ema)
+    transformer = convert(local, config=config, dtype=dtype_of(dtype, "transformer"), use_ema=use_ema)
     if not isinstance(transformer, AutoregressiveModel):
         raise ValueError(f"{path} holds a tokenizer, not a transformer: pass it as `tokenizer=`.")
-    if not isinstance(tokenizer, VQTokenizer):
-        source = tokenizer
-        tokenizer = convert(resolve_file(source, **hub_options), config=tokenizer_config, dtype=dtype_of("tokenizer"))
-        if not isinstance(tokenizer, VQTokenizer):
-            raise ValueError(f"`tokenizer` {source} holds a transformer, not a tokenizer.")
     return {
-        "tokenizer": tokenizer,
+        "tokenizer": load_tokenizer(
+            tokenizer, config=tokenizer_config, dtype=dtype_of(dtype, "tokenizer"), **hub_options
+        ),
         "transformer": transformer,
         "decoding": NextTokenDecoding(),
         "text_encoder": text_encoder,
         "text_tokenizer": text_tokenizer,
         "generation_config": {**preset_of(transformer), **(generation_config or {})},
     }
+
+
+def load_tokenizer(
+    source: Any, *, config: Any = None, dtype: torch.dtype | None = None, **hub_options: Any
+) -> VQTokenizer:
+    """The tokenizer in the authors' file (or behind the link) `source`; a `VQTokenizer` is handed through."""
+    if isinstance(source, VQTokenizer):
+        return source
+    tokenizer = convert(resolve_file(source, **hub_options), config=config, dtype=dtype)
+    if not isinstance(tokenizer, VQTokenizer):
+        raise ValueError(f"`tokenizer` {source} holds a transformer, not a tokenizer.")
+    return tokenizer
+
+
+def dtype_of(dtype: torch.dtype | dict[str, torch.dtype] | None, name: str) -> torch.dtype | None:
+    """The dtype of the component `name`, where a dict names components and "default"."""
+    return dtype.get(name, dtype.get("default")) if isinstance(dtype, dict) else dtype
 
 
 def preset_of(transformer: AutoregressiveModel) -> dict[str, Any]:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from .containers import CheckpointShapeError
+from .facts import count, shape
 from .keymap import Rule, squeeze_convolution
-from .shapes import count, shape
 
 
 def split_attention(tensor: torch.Tensor, context: Mapping[str, Any]) -> tuple[torch.Tensor, ...]:

@@ -22,8 +22,8 @@ from tokenizers_visual.multi_scale import check_scales
 from tokenizers_visual.multi_scale_tokenizer import MultiScaleVQTokenizer
 
 from .containers import CheckpointKeysError, CheckpointShapeError, load_state_dict
+from .facts import compare, count, read_options, shape
 from .keymap import Rule, apply_rules, load_strict, split_qkv
-from .shapes import compare, count, read_options, shape
 from .taming import coder_rules, coder_sizes
 
 logger = logging.getLogger(__name__)
@@ -149,13 +149,13 @@ def convert_state_dict(
 ) -> NextScaleModel | MultiScaleVQTokenizer:
     """Like `convert`, from tensors under the authors' names."""
     if "quantize.embedding.weight" in state:
-        arguments = tokenizer_arguments(state, read_options(config, _TOKENIZER_OPTIONS, _TOKENIZER_NAMES))
+        arguments = tokenizer_arguments(state, read_options(config, _TOKENIZER_NAMES, _TOKENIZER_OPTIONS))
         with init_empty_weights():
             tokenizer = MultiScaleVQTokenizer(**arguments)
         rules = tokenizer_rules(len(arguments["channel_multipliers"]), len(tokenizer.quantizer.refiners))
         return load_strict(tokenizer, apply_rules(state, rules), rules, dtype=dtype)
     if "word_embed.weight" in state or "lvl_embed.weight" in state:
-        arguments = transformer_arguments(state, read_options(config, _TRANSFORMER_OPTIONS, _TRANSFORMER_NAMES))
+        arguments = transformer_arguments(state, read_options(config, _TRANSFORMER_NAMES, _TRANSFORMER_OPTIONS))
         with init_empty_weights():
             model = NextScaleModel(**arguments)
         dim = arguments["transformer"]["dim"]
@@ -325,7 +325,7 @@ def load_single_file(
         if "quantize.embedding.weight" not in state:
             way = "pass the tokenizer's file as `tokenizer=`" if tokenizer is None else "give the tokenizer's own file"
             raise ValueError(f"{source} holds no tokenizer: {way} (published as vae_ch160v4096z32.pth).")
-        options = read_options(tokenizer_config, _TOKENIZER_OPTIONS, _TOKENIZER_NAMES)
+        options = read_options(tokenizer_config, _TOKENIZER_NAMES, _TOKENIZER_OPTIONS)
         options.setdefault("scales", list(transformer.scales))
         tokenizer = convert_state_dict(state, config=options, dtype=dtype_of("tokenizer"))
     return {

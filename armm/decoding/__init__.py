@@ -4,24 +4,36 @@ from __future__ import annotations
 
 from armm.decoding.base import DecodingOutput, TokenStream
 from armm.decoding.guidance import Guidance
+from armm.decoding.neighboring import NeighboringDecoding
 from armm.decoding.next_scale import NextScaleDecoding, NextScaleOutput, scale_masks
 from armm.decoding.next_token import NextTokenDecoding
+from armm.decoding.parallel_groups import ParallelGroupsDecoding
 from armm.decoding.sampling import NoiseSource, Sampler, top_k_filter, top_p_filter
 from armm.decoding.text import TextOutput, decode_text
+from armm.decoding.token_shuffle import TokenShuffleDecoding
 
 # name -> strategy class; each is a component that a pipeline saves and swaps like a scheduler
-DECODING_STRATEGIES = {"next_token": NextTokenDecoding, "next_scale": NextScaleDecoding}
+DECODING_STRATEGIES = {
+    "next_token": NextTokenDecoding,
+    "next_scale": NextScaleDecoding,
+    "neighboring": NeighboringDecoding,
+    "parallel_groups": ParallelGroupsDecoding,
+    "token_shuffle": TokenShuffleDecoding,
+}
 
 __all__ = [
     "DECODING_STRATEGIES",
     "DecodingOutput",
     "Guidance",
+    "NeighboringDecoding",
     "NextScaleDecoding",
     "NextScaleOutput",
     "NextTokenDecoding",
     "NoiseSource",
+    "ParallelGroupsDecoding",
     "Sampler",
     "TextOutput",
+    "TokenShuffleDecoding",
     "TokenStream",
     "decode_text",
     "scale_masks",

@@ -13,6 +13,7 @@ from armm.condition import Condition
 from armm.nn.masks import additive_mask, key_mask, prefix_mask
 
 if TYPE_CHECKING:
+    from armm.decoding.guidance import Guidance
     from armm.model import AutoregressiveModel
     from armm.nn.positions import PositionTable
 
@@ -39,6 +40,42 @@ def wake(model: torch.nn.Module) -> None:
         hook.pre_forward(model)
 
 
+def check_guided(guidance: Guidance | None, condition: Condition, null_condition: Condition | None) -> bool:
+    """Whether guidance is on; a ValueError if its rows are missing or too few."""
+    if guidance is None or not guidance.active:
+        return False
+    if null_condition is None:
+        raise ValueError(f"guidance with scale {guidance.scale} needs a null_condition")
+    if null_condition.batch != condition.batch:
+        raise ValueError(f"null_condition has {null_condition.batch} rows, condition has {condition.batch}")
+    return True
+
+
+def check_known(ids: Tensor | None, mask: Tensor | None, batch: int, tokens: int, codes: int) -> None:
+    """A ValueError unless given codes [B, N] and their mask belong together and fit the call."""
+    if (ids is None) != (mask is None):
+        raise ValueError("known_ids and known_mask belong together: give both or neither")
+    if ids is None or mask is None:
+        return
+    for name, value in (("known_ids", ids), ("known_mask", mask)):
+        if tuple(value.shape) != (batch, tokens):
+            raise ValueError(f"{name} must be [{batch}, {tokens}], got {tuple(value.shape)}")
+    if mask.dtype != torch.bool:
+        raise ValueError(f"known_mask must be bool, got {mask.dtype}")
+    values = ids[mask]
+    if values.numel() and (int(values.min()) < 0 or int(values.max()) >= codes):
+        raise ValueError(f"known_ids must lie in 0 .. {codes - 1} where known_mask is True")
+
+
+def prefix_index(model: AutoregressiveModel, rows: Condition) -> Tensor:
+    """Flat position ids of the tokens of a condition, [T] or [R, T]."""
+    if rows.index is not None:
+        return rows.index
+    if rows.length != model.prefix_slots:
+        raise ValueError(f"the condition has {rows.length} tokens, this model expects {model.prefix_slots}")
+    return torch.arange(rows.length, device=rows.embeds.device)
+
+
 def vocabulary_range(model: AutoregressiveModel, vocabulary: tuple[int, int] | None) -> tuple[int, int]:
     low, high = (0, model.vocab_size) if vocabulary is None else vocabulary
     if not 0 <= low < high <= model.vocab_size:
@@ -49,7 +86,8 @@ def vocabulary_range(model: AutoregressiveModel, vocabulary: tuple[int, int] | N
 class TokenStream:
     """A batch of rows being decoded one token at a time: prefix through the trunk, then token after token.
 
-    following: positions of the tokens that will be fed after the prefix, one table for all rows or one per row.
+    following: positions of the tokens that will be fed after the prefix, in the order in which they are fed; one table
+    for all rows or one per row. Tokens go in one at a time (`feed`) or in groups that see each other (`feed_group`).
     """
 
     def __init__(
@@ -62,6 +100,7 @@ class TokenStream:
         self.model, self.trunk, self.prefix = model, model.trunk, prefix
         self.prefix_positions = prefix_positions
         fed = following.length
+        self.following = following
         self.positions = [following[i : i + 1] for i in range(fed)]
         self.length = prefix.length
         self.cache = self.trunk.allocate_cache(prefix.batch, self.length + fed)
@@ -71,6 +110,10 @@ class TokenStream:
 
     def prefill(self) -> Tensor:
         """Run the prefix: hidden state of its last position [R, D]."""
+        return self.prefill_states()[-1][:, -1]
+
+    def prefill_states(self) -> tuple[Tensor, ...]:
+        """Run the prefix: the trunk's taps in their order and its final hidden state, each [R, T, D]."""
         embeds, mask, full = self.prefix.embeds, self.prefix.mask, None
         padded = mask is not None and not bool(mask.all())
         if padded or self.prefix.bidirectional:
@@ -84,13 +127,22 @@ class TokenStream:
     def feed(self, ids: Tensor, step: int) -> Tensor:
         """Feed token `step` after the prefix, `ids` [R]: hidden state [R, D]."""
         mask = None if self.bias is None else self.bias.narrow(3, 0, self.length + step + 1)
-        return self._run(self.embed(ids.unsqueeze(1)), self.positions[step], mask, False)
+        return self._run(self.embed(ids.unsqueeze(1)), self.positions[step], mask, False)[-1][:, -1]
 
-    def _run(self, embeds: Tensor, positions: PositionTable, mask: Tensor | None, causal: bool) -> Tensor:
+    def feed_group(self, embeds: Tensor) -> tuple[Tensor, ...]:
+        """Feed the next tokens [R, n, D], which see each other and all before: taps and final hidden state, each [R, n, D]."""
+        start = self.cache.length - self.length
+        stop = start + embeds.shape[1]
+        mask = None if self.bias is None else self.bias.narrow(3, 0, self.length + stop)
+        return self._run(embeds, self.following[start:stop], mask, False)
+
+    def _run(self, embeds: Tensor, positions: PositionTable, mask: Tensor | None, causal: bool) -> tuple[Tensor, ...]:
         self.num_calls += 1
         out = self.trunk(embeds, positions=positions, mask=mask, causal=causal, cache=self.cache)
-        hidden = out[0] if isinstance(out, tuple) else out
-        return hidden[:, -1]
+        if isinstance(out, tuple):
+            hidden, taps = out
+            return (*(taps[tap] for tap in sorted(taps)), hidden)
+        return (out,)
 
     def narrow(self, rows: int) -> None:
         """Go on with the first `rows` rows only."""

@@ -11,7 +11,16 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 from armm.condition import Condition, concatenate
-from armm.decoding.base import DecodingOutput, StepCallback, TokenStream, vocabulary_range, wake
+from armm.decoding.base import (
+    DecodingOutput,
+    StepCallback,
+    TokenStream,
+    check_guided,
+    check_known,
+    prefix_index,
+    vocabulary_range,
+    wake,
+)
 from armm.decoding.guidance import Guidance
 from armm.decoding.sampling import NoiseSource, Sampler
 
@@ -66,17 +75,13 @@ class NextTokenDecoding(SchedulerMixin, ConfigMixin):
         """
         wake(model)
         sampler = sampler or Sampler()
-        guided = guidance is not None and guidance.active
-        if guided and null_condition is None:
-            raise ValueError(f"guidance with scale {guidance.scale} needs a null_condition")
-        if guided and null_condition.batch != condition.batch:
-            raise ValueError(f"null_condition has {null_condition.batch} rows, condition has {condition.batch}")
+        guided = check_guided(guidance, condition, null_condition)
         grid = model.grid if grid is None else model.check_grid(grid)
         low, high = vocabulary_range(model, vocabulary)
         batch, steps = condition.batch, grid[0] * grid[1]
         rows = concatenate([condition, null_condition]) if guided else condition  # type: ignore[list-item]
         device = rows.embeds.device
-        _check_known(known_ids, known_mask, batch, steps, high - low)
+        check_known(known_ids, known_mask, batch, steps, high - low)
         if known_ids is not None:
             known_ids, known_mask = known_ids.to(device), known_mask.to(device)
         if sampler.do_sample and not isinstance(noise, NoiseSource):
@@ -119,26 +124,6 @@ def _fed(token: Tensor, low: int, guided: bool) -> Tensor:
 
 
 def _image_stream(model: AutoregressiveModel, rows: Condition, grid: tuple[int, int]) -> TokenStream:
-    device = rows.embeds.device
-    index = rows.index
-    if index is None:
-        if rows.length != model.prefix_slots:
-            raise ValueError(f"the condition has {rows.length} tokens, this model expects {model.prefix_slots}")
-        index = torch.arange(rows.length, device=device)
-    fed = model.image_index(grid, device)[:-1]  # the last token is never fed
-    return TokenStream(model, rows, model.positions_for(index, grid), model.positions_for(fed, grid))
-
-
-def _check_known(ids: Tensor | None, mask: Tensor | None, batch: int, steps: int, codes: int) -> None:
-    if (ids is None) != (mask is None):
-        raise ValueError("known_ids and known_mask belong together: give both or neither")
-    if ids is None:
-        return
-    for name, value in (("known_ids", ids), ("known_mask", mask)):
-        if tuple(value.shape) != (batch, steps):
-            raise ValueError(f"{name} must be [{batch}, {steps}], got {tuple(value.shape)}")
-    if mask.dtype != torch.bool:
-        raise ValueError(f"known_mask must be bool, got {mask.dtype}")
-    values = ids[mask]
-    if values.numel() and (int(values.min()) < 0 or int(values.max()) >= codes):
-        raise ValueError(f"known_ids must lie in 0 .. {codes - 1} where known_mask is True")
+    fed = model.image_index(grid, rows.embeds.device)[:-1]  # the last token is never fed
+    prefix = model.positions_for(prefix_index(model, rows), grid)
+    return TokenStream(model, rows, prefix, model.positions_for(fed, grid))

@@ -72,7 +72,7 @@ def decode_text(
         noise = NoiseSource(noise, batch, high - low, device)
 
     padding = None if mask is None else mask.to(device=device, dtype=torch.bool)
-    prefix = Condition(model.embed(ids), padding, None, model.bidirectional_tokens(index))
+    prefix = Condition(model.embed(ids), padding, None, model.bidirectional_tokens(index, grid, reading=True))
     stream = TokenStream(model, prefix, model.positions_for(index, grid), model.positions_for(following, grid))
     out = torch.full((batch, max_tokens), stop_id, dtype=torch.long, device=device)
     finished = torch.zeros(batch, dtype=torch.bool, device=device)

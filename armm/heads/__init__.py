@@ -2,7 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
 from armm.heads.adaptive import AdaptiveHead
 from armm.heads.categorical import CategoricalHead
+from armm.heads.neighboring import NeighboringHead
 
-__all__ = ["AdaptiveHead", "CategoricalHead"]
+__all__ = ["HEADS", "AdaptiveHead", "CategoricalHead", "NeighboringHead", "build_head"]
+
+# name in a model's config -> class; an `AdaptiveHead` also takes a condition, so its model makes it itself
+HEADS: dict[str, Callable[..., nn.Module]] = {"categorical": CategoricalHead, "neighboring": NeighboringHead}
+
+
+def build_head(config: Mapping[str, Any] | None, dim: int, vocab_size: int, bias: bool = False) -> nn.Module:
+    """The head that a config names, `{"type": ..., **arguments}`; None is a plain categorical head.
+
+    Raises:
+        ValueError: unknown type or arguments.
+    """
+    options = dict(config or {"type": "categorical"})
+    kind = options.pop("type", None)
+    if kind not in HEADS:
+        raise ValueError(f"head type must be one of {sorted(HEADS)}, got {kind!r}")
+    try:
+        return HEADS[kind](dim, vocab_size, bias=bias, **options)
+    except TypeError as error:
+        raise ValueError(f"head of type {kind!r}: {error}") from error

@@ -12,11 +12,16 @@ from armm.nn.linear import FusedLinear, is_plain
 class CategoricalHead(nn.Module):
     """`projection`: hidden [..., D] -> float32 logits [..., V], or only the vocabulary rows low .. high-1."""
 
+    num_states = 1  # hidden states of the trunk that the head reads
+
     def __init__(self, dim: int, vocab_size: int, bias: bool = False) -> None:
         super().__init__()
         self.vocab_size = vocab_size
         self.projection = nn.Linear(dim, vocab_size, bias=bias)
         self._fused: dict[tuple[int, int], FusedLinear] | None = None
+        nn.init.normal_(self.projection.weight, std=0.02)
+        if bias:
+            nn.init.zeros_(self.projection.bias)
 
     def forward(self, hidden: Tensor, low: int = 0, high: int | None = None) -> Tensor:
         high = self.vocab_size if high is None else high

@@ -20,6 +20,7 @@ from armm.nn.modulation import BlockModulation, Modulation, modulate
 from armm.nn.norms import LayerNorm, RMSNorm, build_norm, rms_norm
 from armm.nn.positions import PositionLayout, PositionTable, image_layout, raster_coordinates, unified_layout
 from armm.nn.rotary import apply_rotary, apply_rotary_half_split, apply_rotary_interleaved, rotary_table
+from armm.nn.sincos import sincos_table, video_sincos_table
 
 __all__ = [
     "BACKENDS",
@@ -59,5 +60,7 @@ __all__ = [
     "raster_coordinates",
     "rms_norm",
     "rotary_table",
+    "sincos_table",
     "unified_layout",
+    "video_sincos_table",
 ]

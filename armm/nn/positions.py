@@ -52,17 +52,17 @@ class PositionLayout:
         return PositionLayout(self.coordinates.to(device), None if self.zero is None else self.zero.to(device))
 
 
-def raster_coordinates(height: int, width: int) -> Tensor:
-    """(row, column) of every cell of a grid in raster order: float32 [height * width, 2]."""
-    rows = torch.arange(height, dtype=torch.float32, device="cpu").repeat_interleave(width)
-    columns = torch.arange(width, dtype=torch.float32, device="cpu").repeat(height)
-    return torch.stack([rows, columns], dim=-1)
+def raster_coordinates(*sizes: int) -> Tensor:
+    """Coordinates of every cell of a grid in raster order: float32 [cells, axes]; (row, column) for (height, width)."""
+    axes = [torch.arange(size, dtype=torch.float32, device="cpu") for size in sizes]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, -2)
 
 
-def image_layout(prefix: int, height: int, width: int) -> PositionLayout:
+def image_layout(prefix: int, *sizes: int) -> PositionLayout:
     """`prefix` condition positions whose rotary rows are zero, then the cells of the grid in raster order."""
-    coordinates = torch.cat([torch.zeros(prefix, 2, device="cpu"), raster_coordinates(height, width)])
-    zero = torch.arange(prefix + height * width, device="cpu") < prefix
+    cells = raster_coordinates(*sizes)
+    coordinates = torch.cat([torch.zeros(prefix, len(sizes), device="cpu"), cells])
+    zero = torch.arange(prefix + len(cells), device="cpu") < prefix
     return PositionLayout(coordinates, zero if prefix else None)
 
 

@@ -54,7 +54,9 @@ class Case:
 
     @property
     def checkpoint(self) -> Path:
-        return self.path / "checkpoint.pt"
+        """The checkpoint, in whichever kind of file the authors published."""
+        (found,) = self.path.glob("checkpoint.*")
+        return found
 
 
 def cases(family: str, kind: str) -> list[Any]:

@@ -2,10 +2,11 @@
 
 Two kinds of rows, each of one fixed length (T caption slots, N image tokens, K questions):
 
-- drawing rows `[caption, T slots] <image> [N codes]`: the loss falls on the codes;
+- drawing rows `[caption, T slots] <image> [N codes]`: the loss falls on the codes. A share of them has the null prompt, which
+  is what guidance subtracts;
 - reading rows `[null prompt, T slots] <image> [N codes] [caption segment] [K question segments]`: the loss falls on the words
-  that follow the image and, because the null prompt is what guidance subtracts, on the codes as well. Segments see the image
-  and themselves, never each other, and all start at the same position; so an image is read once for K + 1 texts.
+  that follow the image, which is seen whole. Segments see the image and themselves, never each other, and all start at the same
+  position; so an image is read once for K + 1 texts.
 """
 
 from __future__ import annotations
@@ -40,11 +41,13 @@ class UnifiedTask(TrainingTask):
     """Recipe mappings:
 
     model: `text_slots` (words of a prompt), `answer_slots` (tokens of a text after the image), `bidirectional_prompt` (the
-        words of a prompt see each other whole), `transformer` (arguments of `ARTransformer`), `compile` (the trunk; needs a C++ compiler), `generation` (generation config of the export).
+        words of a prompt see each other whole), `bidirectional_image` (so does an image that is read), `transformer` (arguments
+        of `ARTransformer`), `start` (directory of trained weights to go on from), `compile` (the trunk; needs a C++ compiler),
+        `generation` (generation config of the export).
     data: `tokenizer` (directory of a trained `VQTokenizer`), scenes, size, seed, validation (scenes), `cache` (directory of
         what is made once; by default beside the output directory), captions and questions (written per scene),
-        `reading_share` (of the rows), `questions_per_row`.
-    loss: weights of `null` (codes of reading rows), `caption` and `answer` relative to the codes of drawing rows.
+        `reading_share` (of the rows), `questions_per_row`, `null_share` (of the drawing rows, without their caption).
+    loss: weights of `caption` and `answer` relative to the codes of drawing rows.
     """
 
     def __init__(self, recipe: Recipe) -> None:
@@ -55,6 +58,8 @@ class UnifiedTask(TrainingTask):
             text_slots=28,
             answer_slots=32,
             bidirectional_prompt=True,
+            bidirectional_image=True,
+            start=None,
             transformer={},
             compile=False,
             generation={"guidance_scale": 3.0, "temperature": 0.7, "top_k": 0, "top_p": 1.0},
@@ -70,10 +75,11 @@ class UnifiedTask(TrainingTask):
             cache=None,
             captions=8,
             questions=12,
-            reading_share=0.22,
+            reading_share=0.3,
             questions_per_row=4,
+            null_share=0.1,
         )
-        self.weights = take(recipe.loss, "loss", null=0.5, caption=0.3, answer=0.5)
+        self.weights = take(recipe.loss, "loss", caption=0.3, answer=1.0)
         if not self.data["tokenizer"]:
             raise ValueError(
                 "`data.tokenizer` must name the directory of a trained tokenizer (`armm train` one first)."
@@ -96,7 +102,10 @@ class UnifiedTask(TrainingTask):
             text_slots=self.text_slots,
             answer_slots=int(self.settings["answer_slots"]),
             bidirectional_prompt=bool(self.settings["bidirectional_prompt"]),
+            bidirectional_image=bool(self.settings["bidirectional_image"]),
         )
+        if self.settings["start"]:
+            self.model.load_state_dict(AutoregressiveModel.from_pretrained(self.settings["start"]).state_dict())
         self.module = nn.ModuleDict({"model": self.model})
         self._compiled: Callable[..., Tensor] | None = None
 
@@ -127,9 +136,10 @@ class UnifiedTask(TrainingTask):
         self.reading_positions = reading_positions(prefix, segments).to(device)
         drawing = self.text_slots + self.image_tokens
         self.drawing_positions = torch.arange(drawing, device=device)
-        bidirectional = self.model.bidirectional_tokens(self.drawing_positions)
-        self.reading_mask = reading_mask(prefix, segments, bidirectional).to(device)
-        self.drawing_mask = reading_mask(drawing, [], bidirectional).to(device)
+        seen_whole = self.model.bidirectional_tokens(self.reading_positions, reading=True)
+        self.reading_mask = reading_mask(prefix, segments, seen_whole).to(device)
+        seen_whole = self.model.bidirectional_tokens(self.drawing_positions)
+        self.drawing_mask = reading_mask(drawing, [], seen_whole).to(device)
 
     def _prepare_split(self, count: int, seed: int, split: str) -> tuple[UnifiedData, list[str]]:
         dataset = SceneDataset.prepare(count, self.data["size"], seed, split=split, cache_dir=self.cache)
@@ -147,24 +157,25 @@ class UnifiedTask(TrainingTask):
         generator = self.generator(step, rank)
         reading = min(size - 1, max(1, round(size * self.data["reading_share"]))) if size > 1 else 0
         rows = torch.randint(len(self.train_data), (size,), generator=generator)
-        batch = self.drawing_rows(self.train_data, rows[reading:], generator)
+        batch = self.drawing_rows(self.train_data, rows[reading:], generator, self.data["null_share"])
         if reading:
             batch |= self.reading_rows(self.train_data, rows[:reading], generator)
-        return {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
+        return self._to_device(batch)
 
-    def drawing_rows(self, data: UnifiedData, rows: Tensor, generator: torch.Generator, null: bool = False) -> Batch:
+    def drawing_rows(self, data: UnifiedData, rows: Tensor, generator: torch.Generator, null_share: float) -> Batch:
         """drawing [A, T + N] token ids (the last code is only a target) and drawing_codes [A, N]."""
         codes = data.codes[rows].long()
         pick = torch.randint(data.captions.shape[1], (len(rows),), generator=generator)
-        captions = self._null(len(rows)) if null else data.captions[rows, pick].long()
+        dropped = torch.rand(len(rows), 1, generator=generator) < null_share
+        captions = torch.where(dropped, self._null(len(rows)), data.captions[rows, pick].long())
         image = torch.full((len(rows), 1), self.words.image)
         return {"drawing": torch.cat([captions, image, codes[:, :-1] + len(self.words)], 1), "drawing_codes": codes}
 
     def reading_rows(
         self, data: UnifiedData, rows: Tensor, generator: torch.Generator, questions: Tensor | None = None
     ) -> Batch:
-        """reading [B, P + segments] token ids, reading_codes [B, N], reading_captions and reading_answers (targets of the
-        tokens after the image, -100 where there is none), [B, caption length] and [B, K * question length]."""
+        """reading [B, P + segments] token ids, reading_captions and reading_answers (targets of the tokens after the image,
+        -100 where there is none), [B, caption length] and [B, K * question length]."""
         count = len(rows)
         codes = data.codes[rows].long()
         pick = torch.randint(data.captions.shape[1], (count,), generator=generator)
@@ -186,10 +197,12 @@ class UnifiedTask(TrainingTask):
         parts = [self._null(count), image, codes + len(self.words), caption[:, :-1], asked[..., :-1].flatten(1)]
         return {
             "reading": torch.cat(parts, 1),
-            "reading_codes": codes,
             "reading_captions": captions,
             "reading_answers": answers.flatten(1),
         }
+
+    def _to_device(self, batch: Batch) -> Batch:
+        return {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
 
     def _null(self, count: int) -> Tensor:
         prompt = torch.full((count, self.text_slots), self.words.pad)
@@ -199,23 +212,18 @@ class UnifiedTask(TrainingTask):
     # ------------------------------------------------------------------ loss
 
     def loss(self, batch: Batch, step: int, progress: float) -> tuple[Tensor, Batch]:
-        hidden = self._hidden(batch["drawing"], self.drawing_positions, self.drawing_mask)
-        image_loss = self._image_loss(hidden[:, self.text_slots :], batch["drawing_codes"])
+        image_loss = self._drawing_loss(batch)
         loss, logs = image_loss, {"image": image_loss.detach()}
         if "reading" in batch:
-            null_loss, caption_loss, answer_loss, _ = self._reading_losses(batch)
-            weights = self.weights
-            loss = (
-                loss + weights["null"] * null_loss + weights["caption"] * caption_loss + weights["answer"] * answer_loss
-            )
-            logs |= {"null": null_loss.detach(), "caption": caption_loss.detach(), "answer": answer_loss.detach()}
+            caption_loss, answer_loss, _ = self._reading_losses(batch)
+            loss = loss + self.weights["caption"] * caption_loss + self.weights["answer"] * answer_loss
+            logs |= {"caption": caption_loss.detach(), "answer": answer_loss.detach()}
         return loss, logs
 
-    def _reading_losses(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Losses of codes, captions and answers, and the predicted ids of the answer tokens [B, K * question length]."""
+    def _reading_losses(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Losses of captions and answers, and the predicted ids of the answer tokens [B, K * question length]."""
         hidden = self._hidden(batch["reading"], self.reading_positions, self.reading_mask)
         image_end = self.text_slots + self.image_tokens
-        null_loss = self._image_loss(hidden[:, self.text_slots : image_end], batch["reading_codes"])
         texts = hidden[:, image_end + 1 :].split([self.caption_length, batch["reading_answers"].shape[1]], 1)
         losses = []
         predicted = torch.full_like(batch["reading_answers"], _IGNORED)
@@ -225,11 +233,12 @@ class UnifiedTask(TrainingTask):
             losses.append(F.cross_entropy(logits, targets[wanted]))
             if targets is batch["reading_answers"]:
                 predicted[wanted] = logits.detach().argmax(-1)
-        return null_loss, losses[0], losses[1], predicted
+        return losses[0], losses[1], predicted
 
-    def _image_loss(self, hidden: Tensor, codes: Tensor) -> Tensor:
+    def _drawing_loss(self, batch: Batch) -> Tensor:
+        hidden = self._hidden(batch["drawing"], self.drawing_positions, self.drawing_mask)[:, self.text_slots :]
         logits = self.model.logits(hidden.reshape(-1, hidden.shape[-1]), low=len(self.words))
-        return F.cross_entropy(logits.float(), codes.flatten())
+        return F.cross_entropy(logits.float(), batch["drawing_codes"].flatten())
 
     def _hidden(self, ids: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
         """Final hidden states [B, L, D] of token ids [B, L] at flat positions [L] under a bool mask [L, L]."""
@@ -252,11 +261,11 @@ class UnifiedTask(TrainingTask):
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16"):
                 questions = torch.rand(len(rows), data.questions.shape[1], generator=generator).argsort(1)
                 questions = questions[:, : self.data["questions_per_row"]]
-                batch = self.drawing_rows(data, rows, generator) | self.reading_rows(data, rows, generator, questions)
-                batch = {name: value.to(self.device) for name, value in batch.items()}
-                hidden = self._hidden(batch["drawing"], self.drawing_positions, self.drawing_mask)
-                image = self._image_loss(hidden[:, self.text_slots :], batch["drawing_codes"])
-                null, caption, answer, predicted = self._reading_losses(batch)
+                batch = self.drawing_rows(data, rows, generator, 0.0) | self.reading_rows(data, rows, generator, questions)
+                batch = self._to_device(batch)
+                image = self._drawing_loss(batch)
+                null = self._drawing_loss(self._to_device(self.drawing_rows(data, rows, generator, 1.0)))
+                caption, answer, predicted = self._reading_losses(batch)
             for name, value in (("image", image), ("null", null), ("caption", caption), ("answer", answer)):
                 sums[name] = sums.get(name, 0.0) + value.item() * len(rows)
             targets = batch["reading_answers"].unflatten(1, questions.shape[1:] + (-1,))

@@ -112,12 +112,15 @@ def _write_captions(
 
 
 def _pick_questions(scenes: Scenes, index: int, rng: random.Random, number: int) -> list[QA]:
-    """`number` questions about one scene, kinds taken in turn so that frequent kinds do not crowd out the others."""
+    """`number` questions about one scene, kinds taken in turn so that frequent kinds do not crowd out the others.
+
+    Questions answered by yes or no are kinds of their own: comparing what is asked with what is seen takes longest to learn.
+    """
     picked: list[QA] = []
     while len(picked) < number:
-        by_kind: dict[str, list[QA]] = {}
+        by_kind: dict[tuple[str, bool], list[QA]] = {}
         for entry in questions(scenes, index, rng):
-            by_kind.setdefault(entry.type, []).append(entry)
+            by_kind.setdefault((entry.type, entry.answer in ("yes", "no")), []).append(entry)
         for entries in by_kind.values():
             rng.shuffle(entries)
         while by_kind and len(picked) < number:

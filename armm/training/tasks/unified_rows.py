@@ -20,7 +20,7 @@ def reading_positions(prefix: int, segments: Sequence[int]) -> Tensor:
 def reading_mask(prefix: int, segments: Sequence[int], bidirectional: int = 0) -> Tensor:
     """Bool [L, L], True where a row's token may look: causal, and in no segment but its own.
 
-    The first `bidirectional` tokens, the prompt, see each other whole.
+    The first `bidirectional` tokens see each other whole.
     """
     owner = torch.cat([torch.zeros(prefix), *(torch.full((length,), i + 1.0) for i, length in enumerate(segments))])
     causal = torch.ones(len(owner), len(owner), dtype=torch.bool).tril()

@@ -1,4 +1,4 @@
-"""What every converter asks of a checkpoint and of the user: shapes, counts, options."""
+"""What a converter knows about a checkpoint: sizes read off the tensors, and options given beside the file."""
 
 from __future__ import annotations
 
@@ -13,13 +13,8 @@ import torch
 from .containers import CheckpointKeysError, CheckpointShapeError
 
 
-def read_options(config: Any, known: set[str], names: Mapping[str, str]) -> dict[str, Any]:
-    """The options in `config` (a dict, a JSON file or None) by our names.
-
-    Args:
-        known: the options there are; others are a ValueError.
-        names: the authors' names of options -> ours.
-    """
+def read_mapping(config: Any) -> dict[str, Any]:
+    """`config`: None, a dict, or the path of a JSON file with one."""
     if config is None:
         return {}
     if isinstance(config, (str, Path)):
@@ -30,6 +25,17 @@ def read_options(config: Any, known: set[str], names: Mapping[str, str]) -> dict
             raise ValueError(f"`config` {path} is not a readable JSON file ({error}).") from error
     if not isinstance(config, Mapping):
         raise TypeError(f"`config` must be a dict or the path of a JSON file with one, got {type(config).__name__}.")
+    return dict(config)
+
+
+def read_options(config: Any, names: Mapping[str, str], known: set[str]) -> dict[str, Any]:
+    """The options in `config` (see `read_mapping`) that are not None, under our names.
+
+    Args:
+        names: the authors' names of options -> ours.
+        known: our names; an option that is none of them is a ValueError.
+    """
+    config = read_mapping(config)
     options = {str(names.get(key, key)): value for key, value in config.items() if value is not None}
     unknown = sorted(set(options) - known)
     if unknown:
@@ -38,7 +44,7 @@ def read_options(config: Any, known: set[str], names: Mapping[str, str]) -> dict
 
 
 def compare(options: Mapping[str, Any], found: Mapping[str, Any]) -> None:
-    """Raises a `CheckpointShapeError` where an option contradicts what was found in the tensors."""
+    """Raises unless `options` agree with what was `found` in the tensors."""
     for name, value in found.items():
         given = options.get(name, value)
         given = list(given) if isinstance(given, (list, tuple)) else given
@@ -47,7 +53,7 @@ def compare(options: Mapping[str, Any], found: Mapping[str, Any]) -> None:
 
 
 def shape(state: Mapping[str, torch.Tensor], name: str, ndim: int) -> tuple[int, ...]:
-    """The shape of tensor `name`, which must be there and have `ndim` dimensions."""
+    """Shape of the tensor `name`, which must be there and have `ndim` dimensions."""
     if name not in state:
         raise CheckpointKeysError(f"the checkpoint lacks {name}.", missing=[name])
     found = tuple(state[name].shape)
@@ -57,7 +63,7 @@ def shape(state: Mapping[str, torch.Tensor], name: str, ndim: int) -> tuple[int,
 
 
 def count(state: Mapping[str, torch.Tensor], pattern: str) -> int:
-    """How many different numbers the group of `pattern` finds in the names; they must be 0, 1, 2, ... without a gap."""
+    """How many numbers 0, 1, ... the group of `pattern` takes in the names; a gap is an error."""
     numbers = {int(match[1]) for name in state if (match := re.match(pattern, name))}
     if numbers != set(range(len(numbers))) or not numbers:
         expected = pattern.replace("\\", "").replace("(d+)", "N")

@@ -1,0 +1,51 @@
+"""Token-shuffle decoding: the tokens of one square window with one call of the trunk (arXiv 2504.17789)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from diffusers.configuration_utils import register_to_config
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from torch import Tensor
+
+from armm.decoding.grouped import GroupedDecoding, States
+from armm.decoding.orders import windows
+
+if TYPE_CHECKING:
+    from armm.model import AutoregressiveModel
+
+__all__ = ["SchedulerMixin", "TokenShuffleDecoding"]
+
+
+class TokenShuffleDecoding(GroupedDecoding):
+    """Windows of `window` x `window` tokens in raster order, for models with a `TokenShuffle` of that window.
+
+    N / window^2 calls. The tokens of a window are drawn independently of each other. window=1 is next-token decoding.
+    """
+
+    @register_to_config
+    def __init__(self, window: int = 2) -> None:
+        if not isinstance(window, int) or window < 1:
+            raise ValueError(f"window must be a positive integer, got {window!r}")
+        self.window = window
+
+    def groups(self, grid: Sequence[int]) -> list[Tensor]:
+        return list(windows(grid, self.window))
+
+    def check_model(self, model: AutoregressiveModel, grid: tuple[int, ...]) -> None:
+        if self.window != model.window:
+            raise ValueError(
+                f"windows of {self.window}x{self.window} need a model that was trained with them, this one has window {model.window}"
+            )
+
+    def fed_index(self, model: AutoregressiveModel, grid: tuple[int, ...], groups: list[Tensor]) -> Tensor:
+        return model.image_index(grid, "cpu")[: len(groups) - 1]
+
+    def embeds(self, model: AutoregressiveModel, ids: Tensor, step: int) -> Tensor:
+        return model.embed_windows(ids[:, None])
+
+    def logits(
+        self, model: AutoregressiveModel, states: States, step: int, grid: tuple[int, ...], low: int, high: int
+    ) -> Tensor:
+        return model.window_logits(states[-1], low=low, high=high).flatten(1, 2)
