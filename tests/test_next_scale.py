@@ -301,6 +301,17 @@ def test_pipelines_are_saved_and_loaded(pipe, tmp_path):
         assert torch.equal(*images) and images[0].shape == (2, 3, 8, 8)
 
 
+def test_half_precision_keeps_the_quantizer_exact(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path / "var")
+    loaded = armm.VARPipeline.from_pretrained(tmp_path / "var", dtype=torch.bfloat16)
+    assert loaded.transformer.dtype == torch.bfloat16
+    assert loaded.tokenizer.quantizer.codes.embedding.weight.dtype == torch.float32
+    for half in (loaded, tiny_pipeline().to(torch.bfloat16)):
+        half.set_progress_bar_config(disable=True)
+        out = half(3, generator=generators(0), output_type="np", output_codes=True, more_smooth=True)
+        assert out.images.shape == (1, 8, 8, 3) and out.codes.ids.max() < 24
+
+
 def test_outputs_settings_and_callbacks(pipe):
     out = pipe(3, generator=generators(0), output_codes=True)
     assert out.images[0].size == (8, 8) and out.codes.scales == SCALES

@@ -114,7 +114,8 @@ class MultiScaleQuantizer(nn.Module):
             if not len(self.refiners):
                 return grid
             refiner = self.refiners[refiner_index(step, len(scales), len(self.refiners))]
-            return grid * (1 - self.residual_ratio) + refiner(grid) * self.residual_ratio
+            refined = F.conv2d(grid, refiner.weight.float(), refiner.bias.float(), padding=1)
+            return grid * (1 - self.residual_ratio) + refined * self.residual_ratio
 
     def accumulate(
         self, total: torch.Tensor, codes: torch.Tensor, step: int, scales: Sequence[int] | None = None

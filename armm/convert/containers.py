@@ -174,7 +174,7 @@ def unwrap(
     return dict(content)
 
 
-def _weights_key(content: Mapping[str, Any], use_ema: bool, keys: tuple[str, ...]) -> str | None:
+def _weights_key(content: Mapping[str, Any], use_ema: bool, keys: tuple[str, ...] = ()) -> str | None:
     nested = [key for key, value in content.items() if isinstance(value, Mapping)]
     order = EMA_KEYS if use_ema else (*keys, *WEIGHT_KEYS, *EMA_KEYS)
     for key in order:

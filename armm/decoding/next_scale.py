@@ -12,7 +12,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
-from armm.decoding.base import DecodingOutput, wake
+from armm.decoding.base import DecodingOutput, check_known, wake
 from armm.decoding.guidance import Guidance
 from armm.decoding.sampling import NoiseSource, Sampler
 
@@ -110,7 +110,7 @@ class NextScaleDecoding(SchedulerMixin, ConfigMixin):
         _check(model, quantizer, condition, null_condition, guidance, smooth, sampler)
         batch, device = condition.shape[0], condition.device
         scales, sizes, total_tokens, codes = model.scales, model.sizes, model.num_tokens, model.vocab_size
-        _check_known(known_ids, known_mask, batch, total_tokens, quantizer.codebook_size)
+        check_known(known_ids, known_mask, batch, total_tokens, quantizer.codebook_size)
         if sampler.do_sample and not isinstance(noise, NoiseSource):
             noise = NoiseSource(noise, batch, codes, device)
 
@@ -195,18 +195,3 @@ def _check(
             )
     if smooth and not sampler.do_sample:
         raise ValueError("smooth sampling needs noise: use a sampler with do_sample=True")
-
-
-def _check_known(ids: Tensor | None, mask: Tensor | None, batch: int, tokens: int, codes: int) -> None:
-    if (ids is None) != (mask is None):
-        raise ValueError("known_ids and known_mask belong together: give both or neither")
-    if ids is None:
-        return
-    for name, value in (("known_ids", ids), ("known_mask", mask)):
-        if tuple(value.shape) != (batch, tokens):
-            raise ValueError(f"{name} must be [{batch}, {tokens}], got {tuple(value.shape)}")
-    if mask.dtype != torch.bool:
-        raise ValueError(f"known_mask must be bool, got {mask.dtype}")
-    values = ids[mask]
-    if values.numel() and (int(values.min()) < 0 or int(values.max()) >= codes):
-        raise ValueError(f"known_ids must lie in 0 .. {codes - 1} where known_mask is True")

@@ -14,7 +14,7 @@ from armm.heads.tied import TiedHead
 
 __all__ = ["HEADS", "AdaptiveHead", "CategoricalHead", "NeighboringHead", "TiedHead", "build_head"]
 
-# name in a model's config -> class
+# name in a model's config -> class; an `AdaptiveHead` also takes a condition, so its model makes it itself
 HEADS: dict[str, Callable[..., nn.Module]] = {
     "categorical": CategoricalHead,
     "neighboring": NeighboringHead,

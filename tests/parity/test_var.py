@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -39,13 +38,9 @@ def var_cases(kind: str) -> list[Any]:
 TOKENIZERS, TRANSFORMERS = var_cases("VQVAE"), var_cases("VAR")
 
 
-def checkpoint(case: Case) -> Path:
-    return next(path for path in sorted(case.path.iterdir()) if path.stem == "checkpoint")
-
-
 def load(case: Case) -> Any:
     """The case's checkpoint through the public converter."""
-    return convert("var", checkpoint(case), config=case.config["constructor"])
+    return convert("var", case.checkpoint, config=case.config["constructor"])
 
 
 @functools.cache
@@ -177,7 +172,7 @@ def test_every_recorded_array_is_reproduced(case):
 @pytest.mark.parametrize("case", TRANSFORMERS)
 def test_the_file_alone_says_everything_about_a_transformer(case):
     if case.config["constructor"].get("attn_l2_norm"):
-        model, told = convert("var", checkpoint(case)), load(case)
+        model, told = convert("var", case.checkpoint), load(case)
         assert dict(model.config) == dict(told.config) and list(model.scales) == case.config["constructor"]["patch_nums"]
 
 
@@ -217,7 +212,7 @@ def adds_to_last_stage(name: str, state: dict[str, torch.Tensor]) -> bool:
 
 @pytest.mark.parametrize("case", [*TOKENIZERS, *TRANSFORMERS])
 def test_scaling_any_tensor_by_a_twentieth_is_noticed(case):
-    state, model = load_state_dict(checkpoint(case)), load(case)
+    state, model = load_state_dict(case.checkpoint), load(case)
     context: dict[str, Any] = {}
     if isinstance(model, MultiScaleVQTokenizer):
         rules = tokenizer_rules(len(model.config.channel_multipliers), len(model.quantizer.refiners))
