@@ -183,7 +183,8 @@ class AutoregressiveModel(TrunkModel):
         """The numbering of all positions for an image of `grid` tokens."""
         sizes = self.trunk_grid(grid)
         if self.is_unified:
-            return unified_layout(self.text_slots, *sizes, self.answer_slots)
+            height, width = sizes
+            return unified_layout(self.text_slots, height, width, self.answer_slots)
         layout = image_layout(self.prefix_slots, *sizes)
         if self.transition_tokens is None:
             return layout

@@ -58,7 +58,7 @@ class LlamaGenPipeline(T5PromptPipeline):
     model_cpu_offload_seq = "text_encoder->transformer->tokenizer"
     _optional_components: ClassVar[list[str]] = ["text_encoder", "text_tokenizer"]
     _callback_tensor_inputs: ClassVar[list[str]] = ["latents"]
-    single_file_loader = "armm.convert.llamagen"
+    single_file_loader: ClassVar[str | None] = "armm.convert.llamagen"
     generation_settings: ClassVar[dict[str, Any]] = {
         "guidance_scale": 4.0,
         "guidance_interval": -1,
@@ -264,7 +264,7 @@ class LlamaGenPipeline(T5PromptPipeline):
                 callback=after_token,
                 interrupt=lambda: self._interrupt,
             )
-        codes = Codes(ids=output.ids, grid=(1, *grid))
+        codes = Codes(ids=output.ids, grid=grid if len(grid) == 3 else (1, *grid))  # type: ignore[arg-type]
         return self.make_output(codes, output_type, return_dict=return_dict, output_codes=output_codes)
 
     def encode_condition(
