@@ -35,6 +35,7 @@ PUBLIC_NAMES: dict[str, str] = {
     "ELMPipeline": "pipelines.elm",
     "NARPipeline": "pipelines.nar",
     "PARPipeline": "pipelines.par",
+    "VARPipeline": "pipelines.var",
     "UnifiedTextToImagePipeline": "pipelines.unified_text_to_image",
     "UnifiedImageToTextPipeline": "pipelines.unified_image_to_text",
     "UnifiedInpaintPipeline": "pipelines.unified_inpaint",
@@ -42,8 +43,10 @@ PUBLIC_NAMES: dict[str, str] = {
     "ARTransformer": "armm.transformer",
     "PositionTable": "armm.nn.positions",
     "AutoregressiveModel": "armm.model",
+    "NextScaleModel": "armm.next_scale_model",
     "Condition": "armm.condition",
     "CategoricalHead": "armm.heads.categorical",
+    "AdaptiveHead": "armm.heads.adaptive",
     "KVCache": "armm.cache",
     "attention_backend": "armm.nn.attention",
     # decoding
@@ -55,6 +58,7 @@ PUBLIC_NAMES: dict[str, str] = {
     "NeighboringDecoding": "armm.decoding.neighboring",
     "ParallelGroupsDecoding": "armm.decoding.parallel_groups",
     "TokenShuffleDecoding": "armm.decoding.token_shuffle",
+    "NextScaleDecoding": "armm.decoding.next_scale",
     "DecodingOutput": "armm.decoding.base",
     # tokenizers
     "Codes": "tokenizers_visual.codes",
@@ -62,6 +66,7 @@ PUBLIC_NAMES: dict[str, str] = {
     "LARPTokenizer": "tokenizers_visual.larp",
     "VQTokenizer": "tokenizers_visual.vq_tokenizer",
     "BinaryTokenizer": "tokenizers_visual.binary_tokenizer",
+    "MultiScaleVQTokenizer": "tokenizers_visual.multi_scale_tokenizer",
 }
 
 # Public submodules reachable as attributes: `armm.zoo`, `armm.convert.llamagen`, ...

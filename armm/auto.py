@@ -28,6 +28,7 @@ FAMILY_PIPELINES: dict[str, tuple[str, str]] = {
     "elm": ("pipelines.elm", "ELMPipeline"),
     "nar": ("pipelines.nar", "NARPipeline"),
     "par": ("pipelines.par", "PARPipeline"),
+    "var": ("pipelines.var", "VARPipeline"),
 }
 _HUB_OPTIONS = ("revision", "cache_dir", "local_files_only", "force_download", "token")
 

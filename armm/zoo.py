@@ -84,6 +84,44 @@ def _t2i(stage: int, size: int) -> ZooEntry:
     )
 
 
+_VAR: dict[str, Any] = {"family": "var", "licence": "MIT (code); no separate weight licence stated", "paper": "2404.02905"}
+_VAR_REPO = "FoundationVision/var"
+
+
+def _var(depth: int, size: int, parameters: float, figures: dict[str, float]) -> ZooEntry:
+    # The notebook's settings; the README's FID runs used another scale.
+    return ZooEntry(
+        f"var-d{depth}-{size}",
+        task="class-to-image",
+        repo=_VAR_REPO,
+        file=f"var_d{depth}.pth",
+        parameters=parameters,
+        image_size=size,
+        tokenizer="var-vae",
+        generation_config={"guidance_scale": 4.0, "top_k": 900, "top_p": 0.95},
+        figures={**figures, "guidance_scale of the FID run": 1.5, "top_p of the FID run": 0.96},
+        **_VAR,
+    )
+
+
+def _par(size: str, group: int, parameters: float, guidance: float, fid: float) -> ZooEntry:
+    return ZooEntry(
+        f"par-c2i-{size.lower()}-{group}x",
+        family="par",
+        task="class-to-image",
+        repo="Epiphqny/PAR",
+        file=f"PAR-{size}-{group}x.pt",
+        parameters=parameters,
+        licence="none stated",
+        image_size=384,
+        tokenizer="llamagen-vq-ds16-c2i",
+        generation_config={"guidance_scale": guidance, "temperature": 1.0, "top_k": 0, "top_p": 1.0},
+        figures={_FID: fid},
+        config={"grid": [24, 24]},
+        paper="2412.15119",
+    )
+
+
 _FID = "FID 256x256 (ImageNet)"
 _ENTRIES = (
     _vq("llamagen-vq-ds16-c2i", _C2I_REPO, "vq_ds16_c2i.pt", 72, {"rFID 256x256 (ImageNet val)": 2.19}),
@@ -98,6 +136,16 @@ _ENTRIES = (
     _c2i("3B", 384, 3096.7, 1.65, {_FID: 2.18, "IS": 263.3}),
     _t2i(1, 256),
     _t2i(2, 512),
+    _par("XL", 4, 774.7, 1.5, 2.61),
+    _par("XXL", 4, 1411.0, 1.435, 2.35),
+    _par("3B", 4, 3096.7, 1.345, 2.29),
+    _par("3B", 16, 3096.7, 1.5, 2.88),
+    ZooEntry("var-vae", task="tokenizer", repo=_VAR_REPO, file="vae_ch160v4096z32.pth", parameters=108.9, **_VAR),
+    _var(16, 256, 310.3, {_FID: 3.55}),
+    _var(20, 256, 600.9, {_FID: 2.95}),
+    _var(24, 256, 1033.4, {_FID: 2.33}),
+    _var(30, 256, 2010.0, {_FID: 1.97, f"{_FID}, rejection sampling": 1.80}),
+    _var(36, 512, 2317.9, {"FID 512x512 (ImageNet)": 2.63}),
 )
 
 _ELM: dict[str, Any] = {

@@ -12,6 +12,7 @@ _PUBLIC = {
     "ELMPipeline": "pipelines.elm",
     "ARVideoOutput": "pipelines.outputs",
     "LlamaGenPipeline": "pipelines.llamagen",
+    "VARPipeline": "pipelines.var",
     "UnifiedTextToImagePipeline": "pipelines.unified_text_to_image",
     "UnifiedImageToTextPipeline": "pipelines.unified_image_to_text",
     "UnifiedInpaintPipeline": "pipelines.unified_inpaint",

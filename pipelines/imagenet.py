@@ -6,9 +6,6 @@ import difflib
 from functools import lru_cache
 from typing import Any
 
-import numpy as np
-import torch
-
 
 @lru_cache(maxsize=1)
 def class_names() -> dict[str, tuple[int, ...]]:
@@ -41,7 +38,9 @@ def class_index(name: str) -> int:
 
 def class_indices(class_labels: Any, classes: int) -> list[int]:
     """`class_labels` (numbers, ImageNet names, or a tensor) as checked indices of a model with so many `classes`."""
-    if isinstance(class_labels, (torch.Tensor, np.ndarray)):
+    import numpy as np
+
+    if hasattr(class_labels, "tolist"):
         class_labels = class_labels.tolist()
     labels = list(class_labels) if isinstance(class_labels, (list, tuple)) else [class_labels]
     if not labels:

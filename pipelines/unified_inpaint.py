@@ -116,35 +116,41 @@ class UnifiedInpaintPipeline(UnifiedPipeline):
 
     def mask_to_cells(self, mask_image: Any) -> torch.Tensor:
         """Masks in any accepted form -> bool [B, h, w], True for the codes to redraw."""
-        if isinstance(mask_image, (list, tuple)):
-            if not mask_image:
-                raise ValueError("`mask_image` is an empty list: give at least one mask.")
-            return torch.cat([self.mask_to_cells(item) for item in mask_image])
-        if isinstance(mask_image, PIL.Image.Image):
-            planes = np.asarray(mask_image.convert("L"))[None]
-        elif isinstance(mask_image, (np.ndarray, torch.Tensor)):
-            planes = mask_image.detach().cpu().numpy() if isinstance(mask_image, torch.Tensor) else mask_image
-            if planes.ndim not in (2, 3) or 0 in planes.shape:
-                raise ValueError(f"`mask_image` must have shape [H, W] or [B, H, W], got {tuple(planes.shape)}.")
-            planes = planes[None] if planes.ndim == 2 else planes
-        else:
-            raise TypeError(
-                f"`mask_image` must be a PIL image, an array, a tensor or a list of them, got {type(mask_image).__name__}."
+        return mask_to_cells(mask_image, self.image_size, self.tokenizer.downsample)
+
+
+def mask_to_cells(mask_image: Any, size: tuple[int, int], downsample: int) -> torch.Tensor:
+    """Masks in any accepted form, cropped and resized to `size` pixels -> bool [B, h, w], True for the cells of `downsample`
+    pixels with any masked one in them."""
+    if isinstance(mask_image, (list, tuple)):
+        if not mask_image:
+            raise ValueError("`mask_image` is an empty list: give at least one mask.")
+        return torch.cat([mask_to_cells(item, size, downsample) for item in mask_image])
+    if isinstance(mask_image, PIL.Image.Image):
+        planes = np.asarray(mask_image.convert("L"))[None]
+    elif isinstance(mask_image, (np.ndarray, torch.Tensor)):
+        planes = mask_image.detach().cpu().numpy() if isinstance(mask_image, torch.Tensor) else mask_image
+        if planes.ndim not in (2, 3) or 0 in planes.shape:
+            raise ValueError(f"`mask_image` must have shape [H, W] or [B, H, W], got {tuple(planes.shape)}.")
+        planes = planes[None] if planes.ndim == 2 else planes
+    else:
+        raise TypeError(
+            f"`mask_image` must be a PIL image, an array, a tensor or a list of them, got {type(mask_image).__name__}."
+        )
+    if planes.dtype == np.uint8:
+        planes = planes > 127
+    elif planes.dtype != np.bool_:
+        if not np.issubdtype(planes.dtype, np.floating):
+            raise TypeError(f"`mask_image` must be bool, uint8 or floating point, got {planes.dtype}.")
+        if not np.isfinite(planes).all() or planes.min() < 0 or planes.max() > 1:
+            raise ValueError(
+                f"`mask_image` must lie in [0, 1], got values from {planes.min():.3g} to {planes.max():.3g}."
             )
-        if planes.dtype == np.uint8:
-            planes = planes > 127
-        elif planes.dtype != np.bool_:
-            if not np.issubdtype(planes.dtype, np.floating):
-                raise TypeError(f"`mask_image` must be bool, uint8 or floating point, got {planes.dtype}.")
-            if not np.isfinite(planes).all() or planes.min() < 0 or planes.max() > 1:
-                raise ValueError(
-                    f"`mask_image` must lie in [0, 1], got values from {planes.min():.3g} to {planes.max():.3g}."
-                )
-            planes = planes > 0.5
-        # The same crop as the image's; a masked pixel stays visible however much the mask shrinks.
-        rgb = np.repeat(planes[..., None].astype(np.uint8) * 255, 3, axis=-1)
-        masked = images_to_pixels(rgb, self.image_size, "mask_image")[:, :1] > -1 + 1e-6
-        cells = F.max_pool2d(masked.float(), self.tokenizer.downsample)[:, 0] > 0
-        if not cells.flatten(1).any(1).all():
-            raise ValueError("`mask_image` masks nothing: paint the region to redraw white.")
-        return cells
+        planes = planes > 0.5
+    # The same crop as the image's; a masked pixel stays visible however much the mask shrinks.
+    rgb = np.repeat(planes[..., None].astype(np.uint8) * 255, 3, axis=-1)
+    masked = images_to_pixels(rgb, size, "mask_image")[:, :1] > -1 + 1e-6
+    cells = F.max_pool2d(masked.float(), downsample)[:, 0] > 0
+    if not cells.flatten(1).any(1).all():
+        raise ValueError("`mask_image` masks nothing: paint the region to redraw white.")
+    return cells

@@ -32,7 +32,8 @@ CONFIG = {"n_head": 4, "block_size": 25}  # what the tiny golden checkpoint's co
 
 
 def test_the_table_holds_every_published_checkpoint():
-    assert {(entry.repo, entry.file) for entry in zoo.ZOO.values() if entry.family == "llamagen"} == {
+    published = {name: {(e.repo, e.file) for e in zoo.ZOO.values() if e.family == name} for name in ("llamagen", "var")}
+    assert published["llamagen"] == {
         *((REPO, f"vq_ds{f}_c2i.pt") for f in (8, 16)),
         *((REPO, f"c2i_{name}.pt") for name in ("B_256", "B_384", "L_256", "L_384", "XL_384", "XXL_384", "3B_384")),
         *(
@@ -40,19 +41,22 @@ def test_the_table_holds_every_published_checkpoint():
             for name in ("vq_ds16_t2i", "t2i_XL_stage1_256", "t2i_XL_stage2_512")
         ),
     }
+    assert published["par"] == {("Epiphqny/PAR", f"PAR-{name}.pt") for name in ("XL-4x", "XXL-4x", "3B-4x", "3B-16x")}
+    files = ("vae_ch160v4096z32", *(f"var_d{depth}" for depth in (16, 20, 24, 30, 36)))
+    assert published["var"] == {("FoundationVision/var", f"{name}.pth") for name in files}
 
 
 def test_entries_are_complete():
     for entry in zoo.ZOO.values():
-        module, name = FAMILY_PIPELINES[entry.family]
-        settings = getattr(importlib.import_module(module), name).generation_settings
         assert entry.licence and entry.paper and entry.parameters > 0
-        assert set(entry.generation_config) <= set(settings)
+        module, class_name = FAMILY_PIPELINES[entry.family]
+        pipeline_class = getattr(importlib.import_module(module), class_name)
+        assert set(entry.generation_config) <= set(pipeline_class.generation_settings)
         if entry.task != "tokenizer":
-            assert zoo.get(entry.tokenizer).task == "tokenizer" and zoo.get(entry.tokenizer).repo == entry.repo
-            assert entry.image_size > 0
-        if entry.family == "llamagen" and entry.task != "tokenizer":
-            assert str(entry.image_size) in entry.file and entry.name.endswith(str(entry.image_size))
+            assert zoo.get(entry.tokenizer).task == "tokenizer"
+            if entry.family == "llamagen":
+                assert zoo.get(entry.tokenizer).repo == entry.repo
+                assert str(entry.image_size) in entry.file and entry.name.endswith(str(entry.image_size))
         assert (entry.text_encoder is not None) == (entry.task == "text-to-image")
 
 

@@ -16,6 +16,8 @@ _PUBLIC = {
     "ViT": "tokenizers_visual.vit",
     "LARPTokenizer": "tokenizers_visual.larp",
     "VQTokenizer": "tokenizers_visual.vq_tokenizer",
+    "MultiScaleQuantizer": "tokenizers_visual.multi_scale",
+    "MultiScaleVQTokenizer": "tokenizers_visual.multi_scale_tokenizer",
 }
 
 __all__ = sorted(_PUBLIC)

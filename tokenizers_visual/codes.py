@@ -15,6 +15,7 @@ class Codes:
         ids: int64 `[B, N]`, or `[B, N, D]` where a position carries several sub-codes. None for continuous codes.
         latents: float `[B, N, C]`. None for discrete codes.
         grid: `(t, h, w)` with `t * h * w == N` in raster order, or None for codes without a spatial layout.
+        scales: for token maps of growing size one after another, their sides; the squares add up to N. `grid` is then None.
         mask: bool `[B, N]`, True where a code is real, for batches of unequal lengths.
     """
 
@@ -22,6 +23,7 @@ class Codes:
     latents: torch.Tensor | None = None
     grid: tuple[int, int, int] | None = None
     mask: torch.Tensor | None = None
+    scales: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if (self.ids is None) == (self.latents is None):
@@ -39,6 +41,14 @@ class Codes:
             t, h, w = self.grid
             if t * h * w != self.num_tokens:
                 raise ValueError(f"`grid` {self.grid} holds {t * h * w} tokens, but the codes have {self.num_tokens}.")
+        if self.scales is not None:
+            if self.grid is not None:
+                raise ValueError("Codes have either one `grid` or several `scales`, not both.")
+            tokens = sum(side * side for side in self.scales)
+            if tokens != self.num_tokens:
+                raise ValueError(
+                    f"`scales` {self.scales} hold {tokens} tokens, but the codes have {self.num_tokens}."
+                )
 
     @property
     def tensor(self) -> torch.Tensor:

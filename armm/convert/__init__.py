@@ -25,6 +25,7 @@ FAMILIES: dict[str, str] = {
     "llamagen": "armm.convert.llamagen",
     "nar": "armm.convert.nar",
     "par": "armm.convert.par",
+    "var": "armm.convert.var",
 }
 
 __all__ = [

@@ -65,16 +65,17 @@ class CheckpointShapeError(CheckpointError):
     """Tensors whose shapes do not fit together."""
 
 
-def load_state_dict(path: Any, *, use_ema: bool = False) -> dict[str, torch.Tensor]:
+def load_state_dict(path: Any, *, use_ema: bool = False, keys: tuple[str, ...] = ()) -> dict[str, torch.Tensor]:
     """The weights in the checkpoint file `path`, by the names their authors gave them.
 
     Args:
         path: a `.pt`, `.pth`, `.bin`, `.ckpt` or `.safetensors` file.
         use_ema: take the moving average that some trainers store beside the weights.
+        keys: further keys under which this family's trainer puts the weights, tried before the usual ones.
 
     Tensors may be backed by the file itself (memory mapping): copy what outlives it.
     """
-    return strip_prefixes(unwrap(_read(Path(path)), path, use_ema=use_ema))
+    return strip_prefixes(unwrap(_read(Path(path)), path, use_ema=use_ema, keys=keys))
 
 
 def load_arguments(path: Any) -> dict[str, Any]:
@@ -88,7 +89,7 @@ def load_arguments(path: Any) -> dict[str, Any]:
             return vars(arguments)
         if isinstance(arguments, Mapping):
             return dict(arguments)
-        key = _weights_key(content, path, False)
+        key = _weights_key(content, False, ())
         if key is None:
             break
         content = content[key]
@@ -145,12 +146,14 @@ def _read_pickle(path: Path) -> Any:
         ) from error
 
 
-def unwrap(content: Any, path: Any = "the checkpoint", *, use_ema: bool = False) -> dict[str, torch.Tensor]:
+def unwrap(
+    content: Any, path: Any = "the checkpoint", *, use_ema: bool = False, keys: tuple[str, ...] = ()
+) -> dict[str, torch.Tensor]:
     """The innermost name -> tensor mapping of what a checkpoint file held; training state beside it is left out."""
     for _ in range(3):
         if not isinstance(content, Mapping):
             raise UnreadableCheckpointError(f"{path} holds a {type(content).__name__}, not a dictionary of tensors.")
-        key = _weights_key(content, path, use_ema)
+        key = _weights_key(content, use_ema, keys)
         if key is None:
             break
         logger.debug("%s: weights under %r", path, key)
@@ -171,9 +174,9 @@ def unwrap(content: Any, path: Any = "the checkpoint", *, use_ema: bool = False)
     return dict(content)
 
 
-def _weights_key(content: Mapping[str, Any], path: Any, use_ema: bool) -> str | None:
+def _weights_key(content: Mapping[str, Any], use_ema: bool, keys: tuple[str, ...]) -> str | None:
     nested = [key for key, value in content.items() if isinstance(value, Mapping)]
-    order = EMA_KEYS if use_ema else (*WEIGHT_KEYS, *EMA_KEYS)
+    order = EMA_KEYS if use_ema else (*keys, *WEIGHT_KEYS, *EMA_KEYS)
     for key in order:
         if key in nested:
             return key

@@ -6,6 +6,7 @@ from armm.decoding.base import DecodingOutput, TokenStream
 from armm.decoding.guidance import Guidance
 from armm.decoding.masked_tokens import MaskedTokenDecoding
 from armm.decoding.neighboring import NeighboringDecoding
+from armm.decoding.next_scale import NextScaleDecoding, NextScaleOutput, scale_masks
 from armm.decoding.next_token import NextTokenDecoding
 from armm.decoding.parallel_groups import ParallelGroupsDecoding
 from armm.decoding.sampling import NoiseSource, Sampler, top_k_filter, top_p_filter
@@ -19,6 +20,7 @@ DECODING_STRATEGIES = {
     "neighboring": NeighboringDecoding,
     "parallel_groups": ParallelGroupsDecoding,
     "token_shuffle": TokenShuffleDecoding,
+    "next_scale": NextScaleDecoding,
 }
 
 __all__ = [
@@ -27,6 +29,8 @@ __all__ = [
     "Guidance",
     "MaskedTokenDecoding",
     "NeighboringDecoding",
+    "NextScaleDecoding",
+    "NextScaleOutput",
     "NextTokenDecoding",
     "NoiseSource",
     "ParallelGroupsDecoding",
@@ -35,6 +39,7 @@ __all__ = [
     "TokenShuffleDecoding",
     "TokenStream",
     "decode_text",
+    "scale_masks",
     "top_k_filter",
     "top_p_filter",
 ]

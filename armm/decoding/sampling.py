@@ -17,10 +17,19 @@ def top_k_filter(logits: Tensor, k: int) -> Tensor:
     return logits.masked_fill(logits < threshold, float("-inf"))
 
 
-def top_p_filter(logits: Tensor, p: float) -> Tensor:
-    """Keep the most probable entries up to and including the one at which their total probability exceeds p."""
+def top_p_filter(logits: Tensor, p: float, from_tail: bool = False) -> Tensor:
+    """Keep the most probable entries up to and including the one at which their total probability exceeds p.
+
+    from_tail: count from the other end instead, and drop the least probable entries while their total is at most 1 - p (but
+    never the largest). The two differ where the total meets p exactly, and in rounding.
+    """
     if p >= 1.0:
         return logits
+    if from_tail:
+        ordered, order = torch.sort(logits, dim=-1)
+        drop = ordered.softmax(dim=-1).cumsum(dim=-1) <= 1 - p
+        drop[..., -1] = False
+        return logits.masked_fill(torch.zeros_like(drop).scatter(-1, order, drop), float("-inf"))
     ordered, order = torch.sort(logits, descending=True, dim=-1)
     total = ordered.softmax(dim=-1).cumsum(dim=-1)
     drop = total > p
@@ -33,13 +42,14 @@ class Sampler:
     """Draws ids from logits: / max(temperature, 1e-5), top-k, top-p, softmax, argmax(p / noise).
 
     With `noise` from Exp(1) that is an exact draw from the filtered distribution. top_k=0 and top_p=1 switch the
-    filters off; do_sample=False takes the largest logit.
+    filters off; do_sample=False takes the largest logit. top_p_from_tail: how top-p counts, see `top_p_filter`.
     """
 
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
     do_sample: bool = True
+    top_p_from_tail: bool = False
 
     def __post_init__(self) -> None:
         if not self.temperature >= 0:
@@ -53,7 +63,7 @@ class Sampler:
         """Temperature and filters on float32 logits [..., V]; removed entries are -inf."""
         if self.temperature != 1.0:
             logits = logits / max(self.temperature, 1e-5)
-        return top_p_filter(top_k_filter(logits, self.top_k), self.top_p)
+        return top_p_filter(top_k_filter(logits, self.top_k), self.top_p, self.top_p_from_tail)
 
     def __call__(self, logits: Tensor, noise: Tensor | None = None) -> Tensor:
         """Logits [..., V] and Exp(1) noise [..., V] -> ids [...]. Without noise the global generator is used."""

@@ -7,11 +7,12 @@ from typing import Any
 
 from torch import nn
 
+from armm.heads.adaptive import AdaptiveHead
 from armm.heads.categorical import CategoricalHead
 from armm.heads.neighboring import NeighboringHead
 from armm.heads.tied import TiedHead
 
-__all__ = ["HEADS", "CategoricalHead", "NeighboringHead", "TiedHead", "build_head"]
+__all__ = ["HEADS", "AdaptiveHead", "CategoricalHead", "NeighboringHead", "TiedHead", "build_head"]
 
 # name in a model's config -> class
 HEADS: dict[str, Callable[..., nn.Module]] = {
