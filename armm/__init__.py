@@ -65,8 +65,8 @@ PUBLIC_NAMES: dict[str, str] = {
     "VisualTokenizer": "tokenizers_visual.base",
     "LARPTokenizer": "tokenizers_visual.larp",
     "VQTokenizer": "tokenizers_visual.vq_tokenizer",
-    "MultiScaleVQTokenizer": "tokenizers_visual.multi_scale_tokenizer",
     "BinaryTokenizer": "tokenizers_visual.binary_tokenizer",
+    "MultiScaleVQTokenizer": "tokenizers_visual.multi_scale_tokenizer",
 }
 
 # Public submodules reachable as attributes: `armm.zoo`, `armm.convert.llamagen`, ...

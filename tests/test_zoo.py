@@ -32,7 +32,8 @@ CONFIG = {"n_head": 4, "block_size": 25}  # what the tiny golden checkpoint's co
 
 
 def test_the_table_holds_every_published_checkpoint():
-    published = {name: {(e.repo, e.file) for e in zoo.ZOO.values() if e.family == name} for name in ("llamagen", "par", "var")}
+    families = ("elm", "llamagen", "par", "var")
+    published = {name: {(e.repo, e.file) for e in zoo.ZOO.values() if e.family == name} for name in families}
     assert published["llamagen"] == {
         *((REPO, f"vq_ds{f}_c2i.pt") for f in (8, 16)),
         *((REPO, f"c2i_{name}.pt") for name in ("B_256", "B_384", "L_256", "L_384", "XL_384", "XXL_384", "3B_384")),
@@ -44,6 +45,11 @@ def test_the_table_holds_every_published_checkpoint():
     assert published["par"] == {("Epiphqny/PAR", f"PAR-{name}.pt") for name in ("XL-4x", "XXL-4x", "3B-4x", "3B-16x")}
     files = ("vae_ch160v4096z32", *(f"var_d{depth}" for depth in (16, 20, 24, 30, 36)))
     assert published["var"] == {("FoundationVision/var", f"{name}.pth") for name in files}
+    sizes = {"L": (8, 10, 12), "XL": (8, 10, 12), "XXL": (10, 12), "2B": (12,)}
+    names = [f"{size}-2-{bits}" for size, lengths in sizes.items() for bits in lengths]
+    names += [f"{prefix}{size}-1-16" for prefix in ("", "mlm") for size in ("L", "XL", "XXL")]
+    coders = {f"bae/bae_{name}/binaryae_ema.th" for name in ("16", "16_deter", "20", "24")}
+    assert published["elm"] == {("xuantonglll/ELM", file) for file in coders | {f"gpt/{name}.pth" for name in names}}
 
 
 def test_entries_are_complete():

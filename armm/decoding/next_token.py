@@ -136,7 +136,7 @@ def _fed(token: Tensor, low: int, guided: bool) -> Tensor:
 
 
 def _image_stream(
-    model: AutoregressiveModel, rows: Condition, grid: tuple[int, int], prefix: Tensor | None = None
+    model: AutoregressiveModel, rows: Condition, grid: Sequence[int], prefix: Tensor | None = None
 ) -> TokenStream:
     index = prefix_index(model, rows)
     fed = model.image_index(grid, rows.embeds.device)[:-1]  # the last token is never fed
