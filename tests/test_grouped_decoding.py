@@ -18,9 +18,9 @@ from armm.decoding import (
     Sampler,
     TokenShuffleDecoding,
 )
-from armm.decoding.neighboring import near_to_far_mask, neighboring_logits
+from armm.decoding.neighboring import near_to_far_mask
 from armm.decoding.orders import manhattan_distance, near_to_far, parallel_regions, raster, windows
-from armm.decoding.parallel_groups import group_mask, parallel_groups_logits
+from armm.decoding.parallel_groups import group_mask
 from armm.heads.neighboring import NeighboringHead, neighbor_links
 from armm.model import AutoregressiveModel
 from armm.nn.shuffle import TokenShuffle
@@ -151,35 +151,18 @@ def test_neighbor_links_are_the_cells_one_step_back(grid):
 # ---------------------------------------------------------------------- cached decoding
 
 
-def teacher_forced(kind: str, model: AutoregressiveModel, ids: torch.Tensor, condition) -> torch.Tensor:
-    """Logits [B, N, V] in raster order without any cache."""
-    if kind == "neighboring":
-        return neighboring_logits(model, ids, condition)
-    if kind == "parallel":
-        logits = parallel_groups_logits(model, ids, condition, 2)
-        return torch.empty_like(logits).index_copy_(1, parallel_regions(model.grid, 2), logits)
-    embeds = torch.cat([condition.embeds, model.embed_image(ids)], dim=1)
-    prefix = torch.arange(condition.length)[None] < condition.bidirectional
-    mask = torch.ones(embeds.shape[1], embeds.shape[1], dtype=torch.bool).tril()
-    mask[:, : condition.length] |= prefix
-    hidden = model.trunk(embeds, positions=model.positions_for(torch.arange(embeds.shape[1])), mask=mask)
-    logits = model.window_logits(hidden[:, condition.length - 1 : -1])
-    order = windows(model.grid, model.window).flatten()
-    return torch.empty(len(ids), len(order), VOCABULARY).index_copy_(1, order, logits.flatten(1, 2))
-
-
 @torch.no_grad()
 @few
-@given(kind=st.sampled_from(["neighboring", "parallel", "shuffle"]), grid=grids, unified=st.booleans(), fuse=st.booleans())
+@given(kind=st.sampled_from(["plain", "neighboring", "parallel", "shuffle"]), grid=grids, unified=st.booleans(), fuse=st.booleans())
 def test_recorded_logits_equal_teacher_forcing(kind, grid, unified, fuse):
-    grid = grid if kind == "neighboring" else (2 * grid[0], 2 * grid[1])
+    grid = grid if kind in ("plain", "neighboring") else (2 * grid[0], 2 * grid[1])
     model = build(kind, grid, unified=unified and kind != "parallel")
     if fuse:
         model.fuse_projections()
     condition, null = conditions(model)
     out = uses(kind)(model, condition, null, sampler=GREEDY, guidance=Guidance(1.7), record_logits=True)
     assert out.num_calls == uses(kind).num_calls(grid) == out.steps
-    guided, plain = (teacher_forced(kind, model, out.ids, part) for part in (condition, null))
+    guided, plain = (uses(kind).image_logits(model, out.ids, part) for part in (condition, null))
     torch.testing.assert_close(out.logits, plain + (guided - plain) * 1.7, atol=1e-4, rtol=1e-4)
     assert torch.equal(out.ids, out.logits.argmax(-1))
 
@@ -191,7 +174,7 @@ def test_videos_are_decoded_along_three_axes(grid):
     model = build("neighboring", grid)
     condition, _ = conditions(model)
     out = NeighboringDecoding()(model, condition, sampler=GREEDY, record_logits=True)
-    torch.testing.assert_close(out.logits, neighboring_logits(model, out.ids, condition), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(out.logits, NeighboringDecoding().image_logits(model, out.ids, condition), atol=1e-4, rtol=1e-4)
     assert out.num_calls == sum(grid) - 2
 
 
@@ -295,7 +278,7 @@ def test_every_parameter_gets_a_gradient_and_a_round_trip_keeps_the_model(kind, 
     model = build(kind, (4, 4))
     condition, _ = conditions(model)
     ids = torch.randint(VOCABULARY, (2, 16))
-    logits = teacher_forced(kind, model, ids, condition)
+    logits = uses(kind).image_logits(model, ids, condition)
     torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten()).backward()
     silent = [name for name, parameter in model.named_parameters() if parameter.grad is None]
     assert not silent

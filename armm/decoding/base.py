@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from armm.model import AutoregressiveModel
     from armm.nn.positions import PositionTable
 
+# What runs embeddings through the trunk: the trunk itself, or a compiled form of it.
+Trunk = Callable[..., "Tensor | tuple[Tensor, dict[int, Tensor]]"]
 # callback(step, ids so far [B, step + 1]) -> replacement of them, or None
 StepCallback = Callable[[int, Tensor], "Tensor | None"]
 
@@ -67,6 +69,40 @@ def check_known(
     values = ids[mask]
     if values.numel() and (int(values.min()) < 0 or int(values.max()) >= codes):
         raise ValueError(f"known_ids must lie in 0 .. {codes - 1} where known_mask is True")
+
+
+def run_image(
+    model: AutoregressiveModel,
+    condition: Condition,
+    embeds: Tensor,
+    index: Tensor,
+    mask: Tensor,
+    grid: Sequence[int] | None = None,
+    trunk: Trunk | None = None,
+) -> tuple[Tensor, ...]:
+    """Teacher forcing without a cache: the states (see `TokenStream`) of a condition followed by an image.
+
+    embeds: the image's tokens [B, L, D]. index: their flat position ids [L]. mask: bool [T + L, T + L], to which what the
+    condition says of itself is added. trunk: a compiled form of the model's.
+    """
+    prefix = prefix_index(model, condition)
+    index = torch.cat([prefix, index.expand(*prefix.shape[:-1], -1)], dim=-1)
+    if condition.bidirectional:
+        mask = mask.clone()
+        mask[:, : condition.bidirectional] = True
+    if condition.mask is not None:
+        real = torch.cat([condition.mask.bool(), condition.mask.new_ones(embeds.shape[:2], dtype=torch.bool)], dim=1)
+        mask = ((mask & real[:, None]) | torch.eye(len(mask), dtype=torch.bool, device=mask.device))[:, None]
+    sequence = torch.cat([condition.embeds.to(embeds.dtype), embeds], dim=1)
+    return _states((trunk or model.trunk)(sequence, positions=model.positions_for(index, grid), mask=mask))
+
+
+def _states(output: Tensor | tuple[Tensor, dict[int, Tensor]]) -> tuple[Tensor, ...]:
+    """What the trunk hands out as a tuple: its taps in their order, then its final hidden state."""
+    if isinstance(output, tuple):
+        hidden, taps = output
+        return (*(taps[tap] for tap in sorted(taps)), hidden)
+    return (output,)
 
 
 def prefix_index(model: AutoregressiveModel, rows: Condition) -> Tensor:
@@ -140,11 +176,7 @@ class TokenStream:
 
     def _run(self, embeds: Tensor, positions: PositionTable, mask: Tensor | None, causal: bool) -> tuple[Tensor, ...]:
         self.num_calls += 1
-        out = self.trunk(embeds, positions=positions, mask=mask, causal=causal, cache=self.cache)
-        if isinstance(out, tuple):
-            hidden, taps = out
-            return (*(taps[tap] for tap in sorted(taps)), hidden)
-        return (out,)
+        return _states(self.trunk(embeds, positions=positions, mask=mask, causal=causal, cache=self.cache))
 
     def narrow(self, rows: int) -> None:
         """Go on with the first `rows` rows only."""

@@ -17,6 +17,7 @@ from armm.decoding.base import (
     DecodingOutput,
     StepCallback,
     TokenStream,
+    Trunk,
     check_guided,
     check_known,
     prefix_index,
@@ -64,6 +65,24 @@ class GroupedDecoding(SchedulerMixin, ConfigMixin):
         self, model: AutoregressiveModel, states: States, step: int, grid: tuple[int, ...], low: int, high: int
     ) -> Tensor:
         """Logits [R, n, high - low] of group `step` from the states of the call before (see `TokenStream`)."""
+
+    @abstractmethod
+    def image_logits(
+        self,
+        model: AutoregressiveModel,
+        ids: Tensor,
+        condition: Condition,
+        grid: Sequence[int] | None = None,
+        *,
+        low: int = 0,
+        high: int | None = None,
+        trunk: Trunk | None = None,
+    ) -> Tensor:
+        """Teacher forcing: logits [B, N, high - low] of all cells in raster order, given all `ids` [B, N].
+
+        ids: of the whole vocabulary. low, high: the rows of the vocabulary that are wanted. trunk: a compiled form of the
+        model's.
+        """
 
     def covers(self, guidance: Guidance, step: int, drawn: int) -> bool:
         """Whether draw `step`, before which `drawn` cells are known, is guided."""

@@ -11,6 +11,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 from armm.condition import Condition
+from armm.decoding.base import Trunk, run_image
 from armm.decoding.grouped import GroupedDecoding, States
 from armm.decoding.guidance import Guidance
 from armm.decoding.orders import manhattan_distance, near_to_far
@@ -19,7 +20,7 @@ from armm.heads.neighboring import NeighboringHead, neighbor_links
 if TYPE_CHECKING:
     from armm.model import AutoregressiveModel
 
-__all__ = ["NeighboringDecoding", "SchedulerMixin", "check_neighboring", "near_to_far_mask", "neighboring_logits"]
+__all__ = ["NeighboringDecoding", "SchedulerMixin", "check_neighboring", "near_to_far_mask"]
 
 
 class NeighboringDecoding(GroupedDecoding):
@@ -51,6 +52,29 @@ class NeighboringDecoding(GroupedDecoding):
         links, count = neighbor_links(groups[step - 1], groups[step], grid, values[0].device)
         return model.head.merge(values, links, count)
 
+    def image_logits(
+        self,
+        model: AutoregressiveModel,
+        ids: Tensor,
+        condition: Condition,
+        grid: Sequence[int] | None = None,
+        *,
+        low: int = 0,
+        high: int | None = None,
+        trunk: Trunk | None = None,
+    ) -> Tensor:
+        grid = model.grid if grid is None else model.check_grid(grid)
+        self.check_model(model, grid)
+        mask = near_to_far_mask(condition.length, grid, ids.device)
+        states = run_image(model, condition, model.embed(ids), model.image_index(grid, ids.device), mask, grid, trunk)
+        values = model.head([state[:, condition.length - 1 :] for state in states], low, high)
+        first = model.head.first([value[:, :1] for value in values])
+        cells = torch.arange(ids.shape[1])
+        if len(cells) == 1:
+            return first
+        links, count = neighbor_links(cells, cells[1:], grid, ids.device)
+        return torch.cat([first, model.head.merge([value[:, 1:] for value in values], links, count)], dim=1)
+
 
 def check_neighboring(model: AutoregressiveModel) -> None:
     """Raises ValueError unless the model has heads for its neighbours."""
@@ -62,35 +86,3 @@ def near_to_far_mask(prefix: int, grid: Sequence[int], device: torch.device | st
     """Bool [prefix + N, prefix + N]: causal in the prefix; a cell sees the prefix and every cell that is not farther than itself."""
     distance = torch.cat([torch.arange(prefix) - prefix, manhattan_distance(grid)]).to(device)
     return distance[:, None] >= distance[None, :]
-
-
-def neighboring_logits(
-    model: AutoregressiveModel,
-    ids: Tensor,
-    condition: Condition,
-    grid: Sequence[int] | None = None,
-    *,
-    low: int = 0,
-    high: int | None = None,
-) -> Tensor:
-    """Teacher forcing: merged logits [B, N, V] of all cells, in raster order, given all `ids` [B, N] (ids of the whole vocabulary)."""
-    check_neighboring(model)
-    grid = model.grid if grid is None else model.check_grid(grid)
-    mask = near_to_far_mask(condition.length, grid, ids.device)
-    mask[:, : condition.bidirectional] = True
-    if condition.mask is not None:
-        real = torch.cat([condition.mask.bool(), torch.ones_like(ids, dtype=torch.bool)], dim=1)
-        mask = ((mask & real[:, None]) | torch.eye(len(mask), dtype=torch.bool, device=mask.device))[:, None]
-    index = model.image_index(grid, ids.device)
-    prefix = torch.arange(condition.length, device=ids.device) if condition.index is None else condition.index
-    index = torch.cat([prefix, index.expand(*prefix.shape[:-1], -1)], dim=-1)
-    hidden = model.hidden(ids, condition, index=index, mask=mask, grid=grid)
-    taps, last = (hidden[1], hidden[0]) if isinstance(hidden, tuple) else ({}, hidden)
-    states = [state[:, condition.length - 1 :] for state in (*(taps[tap] for tap in sorted(taps)), last)]
-    values = model.head(states, low, high)
-    first = model.head.first([value[:, :1] for value in values])
-    cells = torch.arange(ids.shape[1])
-    if len(cells) == 1:
-        return first
-    links, count = neighbor_links(cells, cells[1:], grid, ids.device)
-    return torch.cat([first, model.head.merge([value[:, 1:] for value in values], links, count)], dim=1)

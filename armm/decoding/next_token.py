@@ -16,14 +16,18 @@ from armm.decoding.base import (
     DecodingOutput,
     StepCallback,
     TokenStream,
+    Trunk,
     check_guided,
     check_known,
     prefix_index,
+    run_image,
     vocabulary_range,
     wake,
 )
 from armm.decoding.guidance import Guidance
+from armm.decoding.orders import raster
 from armm.decoding.sampling import NoiseSource, Sampler
+from armm.nn.masks import causal_mask
 
 if TYPE_CHECKING:
     from armm.model import AutoregressiveModel
@@ -46,6 +50,31 @@ class NextTokenDecoding(SchedulerMixin, ConfigMixin):
         fed.
         """
         return grid[0] * grid[1]
+
+    def groups(self, grid: Sequence[int]) -> list[Tensor]:
+        """Raster cells drawn by each call of the trunk."""
+        return raster(grid)
+
+    def image_logits(
+        self,
+        model: AutoregressiveModel,
+        ids: Tensor,
+        condition: Condition,
+        grid: Sequence[int] | None = None,
+        *,
+        low: int = 0,
+        high: int | None = None,
+        trunk: Trunk | None = None,
+    ) -> Tensor:
+        """Teacher forcing: logits [B, N, high - low] of all cells in raster order, given all `ids` [B, N].
+
+        ids: of the whole vocabulary. low, high: the rows of the vocabulary that are wanted. trunk: a compiled form of the
+        model's.
+        """
+        total, index = condition.length + ids.shape[1] - 1, model.image_index(grid, ids.device)[:-1]
+        mask = causal_mask(total, total, ids.device)
+        hidden = run_image(model, condition, model.embed(ids[:, :-1]), index, mask, grid, trunk)[-1]
+        return model.logits(hidden[:, condition.length - 1 :], low=low, high=high)
 
     @torch.no_grad()
     def __call__(
@@ -80,6 +109,9 @@ class NextTokenDecoding(SchedulerMixin, ConfigMixin):
         wake(model)
         if not model.causal or model.tokens_per_position > 1:
             raise ValueError("next-token decoding needs a causal model with one token a position; use MaskedTokenDecoding")
+        if model.window > 1 or model.head.num_states > 1:
+            other = "TokenShuffleDecoding" if model.window > 1 else "NeighboringDecoding"
+            raise ValueError(f"next-token decoding does not suit this model: it was made for {other}")
         sampler = sampler or Sampler()
         guided = check_guided(guidance, condition, null_condition)
         grid = model.grid if grid is None else model.check_grid(grid)

@@ -10,6 +10,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
+from armm.decoding.base import Trunk, run_image
 from armm.decoding.grouped import GroupedDecoding, States
 from armm.decoding.guidance import Guidance
 from armm.decoding.orders import parallel_regions
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from armm.condition import Condition
     from armm.model import AutoregressiveModel
 
-__all__ = ["ParallelGroupsDecoding", "SchedulerMixin", "group_mask", "parallel_groups_logits"]
+__all__ = ["ParallelGroupsDecoding", "SchedulerMixin", "group_mask"]
 
 
 class ParallelGroupsDecoding(GroupedDecoding):
@@ -80,6 +81,31 @@ class ParallelGroupsDecoding(GroupedDecoding):
         # The authors count tokens from the start of the parallel phase.
         return guidance.interval < 0 or drawn - self.group_size <= guidance.interval
 
+    def image_logits(
+        self,
+        model: AutoregressiveModel,
+        ids: Tensor,
+        condition: Condition,
+        grid: Sequence[int] | None = None,
+        *,
+        low: int = 0,
+        high: int | None = None,
+        trunk: Trunk | None = None,
+    ) -> Tensor:
+        grid = model.grid if grid is None else model.check_grid(grid)
+        self.check_model(model, grid)
+        size, order = self.group_size, parallel_regions(grid, self.regions).to(ids.device)
+        embeds = model.embed(ids[:, order])
+        if ids.shape[1] > size:
+            transition = model.transition_tokens.weight.expand(len(ids), -1, -1)
+            embeds = torch.cat([embeds[:, :size], transition, embeds[:, size:]], dim=1)
+        index = self.sequence_index(model, grid)[model.prefix_slots :].to(ids.device)
+        mask = group_mask(condition.length, size, embeds.shape[1], ids.device)
+        hidden = run_image(model, condition, embeds, index, mask, grid, trunk)[-1]
+        start = condition.length - 1
+        logits = model.logits(hidden[:, start : start + ids.shape[1]], low=low, high=high)
+        return torch.empty_like(logits).index_copy(1, order, logits)
+
 
 def group_mask(prefix: int, group_size: int, total: int, device: torch.device | str | None = None) -> Tensor:
     """Bool [prefix + total, prefix + total] over the prefix, the single tokens, the transition tokens and the parallel groups.
@@ -90,23 +116,3 @@ def group_mask(prefix: int, group_size: int, total: int, device: torch.device | 
     start = prefix + group_size - 1
     group = torch.where(place < start, place, start + (place - start).div(group_size, rounding_mode="floor"))
     return group[:, None] >= group[None, :]
-
-
-def parallel_groups_logits(
-    model: AutoregressiveModel, ids: Tensor, condition: Condition, regions: int, grid: Sequence[int] | None = None
-) -> Tensor:
-    """Teacher forcing: logits [B, N, V] of all cells in decode order, given all `ids` [B, N] in raster order."""
-    decoding = ParallelGroupsDecoding(regions)
-    grid = model.grid if grid is None else model.check_grid(grid)
-    decoding.check_model(model, grid)
-    size = decoding.group_size
-    embeds = model.embed(ids[:, parallel_regions(grid, regions).to(ids.device)])
-    if ids.shape[1] > size:
-        transition = model.transition_tokens.weight.expand(len(ids), -1, -1)
-        embeds = torch.cat([embeds[:, :size], transition, embeds[:, size:]], dim=1)
-    sequence = torch.cat([condition.embeds.to(embeds.dtype), embeds], dim=1)
-    index = decoding.sequence_index(model, grid).to(ids.device)
-    mask = group_mask(condition.length, size, embeds.shape[1], ids.device)
-    hidden = model.trunk(sequence, positions=model.positions_for(index, grid), mask=mask)
-    start = condition.length - 1
-    return model.logits(hidden[:, start : start + ids.shape[1]])

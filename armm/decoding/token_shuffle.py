@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import torch
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
+from armm.decoding.base import Trunk, run_image
 from armm.decoding.grouped import GroupedDecoding, States
 from armm.decoding.orders import windows
+from armm.nn.masks import causal_mask
 
 if TYPE_CHECKING:
+    from armm.condition import Condition
     from armm.model import AutoregressiveModel
 
 __all__ = ["SchedulerMixin", "TokenShuffleDecoding"]
@@ -49,3 +53,25 @@ class TokenShuffleDecoding(GroupedDecoding):
         self, model: AutoregressiveModel, states: States, step: int, grid: tuple[int, ...], low: int, high: int
     ) -> Tensor:
         return model.window_logits(states[-1], low=low, high=high).flatten(1, 2)
+
+    def image_logits(
+        self,
+        model: AutoregressiveModel,
+        ids: Tensor,
+        condition: Condition,
+        grid: Sequence[int] | None = None,
+        *,
+        low: int = 0,
+        high: int | None = None,
+        trunk: Trunk | None = None,
+    ) -> Tensor:
+        grid = model.grid if grid is None else model.check_grid(grid)
+        self.check_model(model, grid)
+        embeds = model.embed_image(ids, grid)[:, :-1]
+        total = condition.length + embeds.shape[1]
+        index = model.image_index(grid, ids.device)[:-1]
+        mask = causal_mask(total, total, ids.device)
+        hidden = run_image(model, condition, embeds, index, mask, grid, trunk)[-1][:, condition.length - 1 :]
+        logits = model.window_logits(hidden, low=low, high=high).flatten(1, 2)
+        order = windows(grid, self.window).flatten().to(ids.device)
+        return torch.empty_like(logits).index_copy(1, order, logits)

@@ -21,7 +21,7 @@ from armm.convert import CheckpointError, convert, larp, nar
 from armm.convert.containers import load_state_dict
 from armm.decoding.base import DecodingOutput
 from armm.decoding.guidance import Guidance
-from armm.decoding.neighboring import NeighboringDecoding, near_to_far_mask, neighboring_logits
+from armm.decoding.neighboring import NeighboringDecoding, near_to_far_mask
 from armm.decoding.sampling import Sampler
 from armm.model import AutoregressiveModel
 from tokenizers_visual import Codes, LARPTokenizer
@@ -107,9 +107,9 @@ def transformer_checks(model: AutoregressiveModel, case: Case) -> Iterator[Check
     else:
         condition = model.condition(features=io["cond"], mask=io["cond_mask"].bool())
     null = model.null_condition(condition.batch, like=condition)
-    logits = neighboring_logits(model, io["ids"], condition)
+    logits = decoding.image_logits(model, io["ids"], condition)
     yield close("logits_full", logits)
-    yield close("logits_full_uncond", neighboring_logits(model, io["ids"], null))
+    yield close("logits_full_uncond", decoding.image_logits(model, io["ids"], null))
     yield close("loss", F.cross_entropy(logits.flatten(0, 1), io["ids"].flatten())[None])
     groups = decoding.groups(model.grid)
     order = torch.cat(groups)

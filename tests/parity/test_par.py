@@ -16,7 +16,7 @@ from armm.convert.keymap import apply_rules
 from armm.convert.par import TRANSFORMER_RULES
 from armm.decoding.guidance import Guidance
 from armm.decoding.orders import parallel_regions
-from armm.decoding.parallel_groups import ParallelGroupsDecoding, group_mask, parallel_groups_logits
+from armm.decoding.parallel_groups import ParallelGroupsDecoding, group_mask
 from armm.decoding.sampling import Sampler
 from armm.model import AutoregressiveModel
 
@@ -42,9 +42,9 @@ def checks(case: Case, model: AutoregressiveModel) -> Iterator[Check]:
     yield close("ids_sequence", io["ids_raster"][:, order])
     condition, batch = model.condition(labels=io["labels"]), len(io["labels"])
     null = model.null_condition(batch)
-    logits = parallel_groups_logits(model, io["ids_raster"], condition, decoding.regions)
+    logits = decoding.image_logits(model, io["ids_raster"], condition)[:, order]
     yield close("logits_full", logits)
-    yield close("logits_full_uncond", parallel_groups_logits(model, io["ids_raster"], null, decoding.regions))
+    yield close("logits_full_uncond", decoding.image_logits(model, io["ids_raster"], null)[:, order])
     yield close("loss", F.cross_entropy(logits.flatten(0, 1), io["ids_sequence"].flatten())[None])
     rows = io["group_mask_full"].shape[-1]
     total = model.prefix_slots + order.numel() + decoding.group_size - 1
