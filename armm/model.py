@@ -331,6 +331,13 @@ class AutoregressiveModel(TrunkModel):
         bidirectional = length if self.bidirectional_prompt else 0
         return Condition(self.embed(ids), None if mask is None else mask.bool(), index, bidirectional)
 
+    def reading_condition(self, prompt: Tensor, image: Tensor, text: Tensor) -> Condition:
+        """What text is written after: ids of a prompt up to begin-of-image [B, T + 1], an image [B, N], text about it [B, L]."""
+        embeds = torch.cat([self.embed(prompt), self.embed_image(image), self.embed(text)], dim=1)
+        index = torch.arange(embeds.shape[1], device=embeds.device)
+        whole = self.bidirectional_tokens(index, reading=True)
+        return Condition(embeds, None, index.expand(embeds.shape[:2]), whole)
+
     def bidirectional_tokens(self, index: Tensor, grid: Sequence[int] | None = None, *, reading: bool = False) -> int:
         """How many of the first tokens see each other whole, for tokens at flat position ids `index` [N] or [B, N].
 

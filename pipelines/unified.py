@@ -10,6 +10,7 @@ import PIL.Image
 import torch
 from diffusers import DiffusionPipeline
 
+from armm.decoding.grouped import GroupedDecoding
 from armm.decoding.guidance import Guidance
 from armm.decoding.next_token import NextTokenDecoding
 from armm.decoding.sampling import Sampler
@@ -29,7 +30,7 @@ class UnifiedPipeline(ARPipeline):
     Args:
         tokenizer (`VQTokenizer`): images <-> codes.
         transformer (`AutoregressiveModel`): over words and codes, with `text_slots` before and `answer_slots` after the image.
-        decoding (`NextTokenDecoding`): the decoding strategy.
+        decoding (`NextTokenDecoding` or `GroupedDecoding`): the decoding strategy that the transformer was trained for.
         vocabulary (`list[str]`): special tokens and words; their ids precede the codes.
         generation_config (`dict`, *optional*): settings of this checkpoint.
     """
@@ -51,7 +52,7 @@ class UnifiedPipeline(ARPipeline):
         self,
         tokenizer: VQTokenizer,
         transformer: AutoregressiveModel,
-        decoding: NextTokenDecoding,
+        decoding: NextTokenDecoding | GroupedDecoding,
         vocabulary: list[str] | None = None,
         generation_config: dict[str, Any] | None = None,
     ) -> None:
@@ -155,7 +156,7 @@ class UnifiedPipeline(ARPipeline):
         callback: Any = None,
         callback_names: Sequence[str] = ("latents",),
     ) -> Codes:
-        """Codes of one image for each row of `prefix` [B, text_slots + 1]; see `NextTokenDecoding` for the rest."""
+        """Codes of one image for each row of `prefix` [B, text_slots + 1]; see the decoding strategy for the rest."""
         self.check_callback_inputs(callback_names)
         model, grid = self.transformer, self.transformer.grid
         self._guidance_scale, self._interrupt = guidance_scale, False

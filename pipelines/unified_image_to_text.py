@@ -101,20 +101,15 @@ class UnifiedImageToTextPipeline(UnifiedPipeline):
         # Segments of one length go together: no padding, so a text does not depend on what it is batched with.
         for length in sorted({len(ids) for ids in segments}):
             rows = [row for row, ids in enumerate(segments) if len(ids) == length]
-            prefix = torch.cat(
-                [
-                    self.null_prefix(len(rows)),
-                    codes[rows] + len(self.words),
-                    torch.tensor([segments[row] for row in rows], device=codes.device),
-                ],
-                dim=1,
+            asked = torch.tensor([segments[row] for row in rows], device=codes.device)
+            prefix = self.transformer.reading_condition(
+                self.null_prefix(len(rows)), codes[rows] + len(self.words), asked
             )
             output = decode_text(
                 self.transformer,
                 prefix,
                 stop_id=self.words.end,
                 max_tokens=max_new_tokens or slots - length,
-                index=torch.arange(prefix.shape[1], device=codes.device),
                 sampler=sampler,
                 noise=None if generator is None else [generator[row] for row in rows],
                 vocabulary=(0, len(self.words)),

@@ -149,41 +149,39 @@ def test_reading_mask_and_positions_by_brute_force(whole):
 def test_segments_see_the_image_and_themselves_only(task):
     task.module.eval()
     batch = task.batch(0, 8, 0)
-    ids, prefix = batch["reading"], task.text_slots + 1 + task.image_tokens
+    codes, texts, model = batch["reading_codes"], batch["reading"], task.model
+    start = task.caption_length  # of the first question
+    prompt = torch.cat([task._null(len(codes)), torch.full((len(codes), 1), task.words.image)], 1)
     with torch.no_grad():
-        whole = task._hidden(ids, task.reading_positions, task.reading_mask)
-        starts = [prefix, prefix + task.caption_length]
-        lengths = [task.caption_length, task.question_length]
-        for start, length in zip(starts, lengths, strict=True):
-            alone = torch.cat([ids[:, :prefix], ids[:, start : start + length]], 1)
-            index = torch.arange(alone.shape[1])
-            mask = prefix_mask(torch.ones_like(alone, dtype=torch.bool), len(index), prefix)
-            hidden = task.model.hidden(alone, index=index, mask=mask)[:, prefix:]
-            assert torch.allclose(hidden, whole[:, start : start + length], atol=1e-5)
-        changed = ids.clone()
-        changed[:, starts[1]] = (changed[:, starts[1]] + 1) % 7
-        other = task._hidden(changed, task.reading_positions, task.reading_mask)
+        whole = task.reading_states(codes, texts)
+        for window in (slice(0, start), slice(start, start + task.question_length)):
+            condition = model.reading_condition(prompt, codes + len(task.words), texts[:, window])
+            assert condition.bidirectional == model.prefix_slots + task.image_tokens
+            mask = prefix_mask(torch.ones(condition.embeds.shape[:2], dtype=torch.bool), condition.length, condition.bidirectional)
+            hidden = model.trunk(condition.embeds, positions=model.positions_for(condition.index), mask=mask)
+            assert torch.allclose(hidden[:, -texts[:, window].shape[1] :], whole[:, window], atol=1e-5)
+        changed = texts.clone()
+        changed[:, start] = (changed[:, start] + 1) % 7
+        other = task.reading_states(codes, changed)
     differs = (other - whole).abs().amax((0, 2)) > 1e-6
-    assert differs[starts[1]] and not differs[: starts[1]].any()
-    assert not differs[starts[1] + task.question_length :].any()
+    assert differs[start] and not differs[:start].any() and not differs[start + task.question_length :].any()
 
 
 def test_targets_are_the_words_after_the_image(task):
     batch = task.batch(3, 8, 0)
     words = task.words
-    prefix = task.text_slots + 1 + task.image_tokens
-    questions = batch["reading"][:, prefix + task.caption_length :].unflatten(1, (-1, task.question_length))
+    questions = batch["reading"][:, task.caption_length :].unflatten(1, (-1, task.question_length))
     targets = batch["reading_answers"].unflatten(1, (-1, task.question_length))
     for inputs, wanted in zip(questions.flatten(0, 1).tolist(), targets.flatten(0, 1).tolist(), strict=True):
         answer = inputs.index(words.answer)
         assert inputs[0] == words.question and all(value == -100 for value in wanted[:answer])
         said = [value for value in wanted if value != -100]
         assert wanted[answer] != -100 and said[-1] == words.end and 1 < len(said) < 5
-    captions = batch["reading"][:, prefix : prefix + task.caption_length]
+    captions = batch["reading"][:, : task.caption_length]
     for inputs, wanted in zip(captions.tolist(), batch["reading_captions"].tolist(), strict=True):
         text = [value for value in inputs[1:] if value not in (words.pad, words.end)]
         assert inputs[0] == words.caption and [value for value in wanted if value != -100] == [*text, words.end]
-    codes = batch["reading"][:, task.text_slots + 1 : prefix] - len(words)
+    codes = batch["reading_codes"]
     assert 0 <= int(codes.min()) and int(codes.max()) < CODES
     reading = round(8 * task.data["reading_share"])
     rows = torch.randint(len(task.train_data), (8,), generator=task.generator(3, 0))[:reading]
@@ -205,7 +203,8 @@ def test_training_and_pipelines_agree_on_prefixes(task, draw):
     slots = task.text_slots
     prompt = task.words.decode(batch["drawing"][0, :slots].tolist())
     assert torch.equal(draw.encode_prompt(prompt)[0], batch["drawing"][0, : slots + 1])
-    assert torch.equal(draw.null_prefix(1)[0], batch["reading"][0, : slots + 1])
+    null = torch.cat([task._null(1), torch.full((1, 1), task.words.image)], 1)
+    assert torch.equal(draw.null_prefix(1), null)
 
 
 def test_the_loss_falls(recipe):

@@ -9,19 +9,18 @@ if TYPE_CHECKING:
 
 MAX_FRAMES = 64
 FRAME_MILLISECONDS = 60
+SHORTEST = 1500  # milliseconds of all frames but the last, however few calls there are
 LAST_MILLISECONDS = 2500
 NEUTRAL = (226, 228, 232)
 NEUTRAL_EDGE = (208, 211, 217)
 
 
-def decode_order(pipe: Any, count: int) -> list[int]:
-    """Positions in the order in which the pipeline's decoding strategy fills them; raster unless it says otherwise."""
-    for name in getattr(pipe, "components", {}):
-        strategy = getattr(pipe, name, None)
-        order = getattr(strategy, "decode_order", None)
-        if callable(order):
-            return [int(position) for position in order(count)]
-    return list(range(count))
+def decode_groups(pipe: Any, grid: tuple[int, int]) -> list[list[int]]:
+    """Raster cells in the order in which the pipeline's decoding strategy fills them, those of one call together."""
+    groups = getattr(getattr(pipe, "decoding", None), "groups", None)
+    if not callable(groups):
+        raise ValueError(f"--animate: {type(pipe).__name__} does not decode token by token on a grid")
+    return [group.tolist() for group in groups(grid)]
 
 
 def image_tokenizer(pipe: Any) -> Any:
@@ -49,18 +48,18 @@ def appearing_tokens(pipe: Any, codes: Any, size: int, *, quiet: bool = True) ->
         raise ValueError("--animate: only pictures made of one token per grid cell can be shown token by token")
     batch, count = ids.shape
     rows, columns = codes.grid[1:]
-    order = torch.tensor(decode_order(pipe, count), device=ids.device)
+    groups = decode_groups(pipe, (rows, columns))
     cells = torch.arange(count, device=ids.device)
     corners = torch.stack([cells // columns, cells % columns], dim=1).float()
     distance = torch.cdist(corners, corners)
-    per_frame = -(-count // MAX_FRAMES)
-    known_counts = [*range(0, count, per_frame), count]
+    per_frame = -(-len(groups) // MAX_FRAMES)
+    known_counts = [*range(0, len(groups), per_frame), len(groups)]
 
     frames = []
     with torch.no_grad():
         for known in tqdm(known_counts, desc="animation", disable=quiet, leave=False):
             visible = torch.zeros(count, dtype=torch.bool, device=ids.device)
-            visible[order[:known]] = True
+            visible[[cell for group in groups[:known] for cell in group]] = True
             # The decoder wants a code everywhere: cells to come repeat the nearest one and are painted over.
             nearest = distance.masked_fill(~visible[None], float("inf")).argmin(dim=1)
             partial = ids[:, torch.where(visible, cells, nearest)]
@@ -69,7 +68,7 @@ def appearing_tokens(pipe: Any, codes: Any, size: int, *, quiet: bool = True) ->
                 paint(image, visible.view(rows, columns), size) for image in ((pixels + 1) * 127.5).round().byte().cpu()
             ]
             frames.append(image_grid(tiles, gap=4) if batch > 1 else tiles[0])
-    return frames, [FRAME_MILLISECONDS] * (len(frames) - 1) + [LAST_MILLISECONDS]
+    return frames, [max(FRAME_MILLISECONDS, SHORTEST // len(frames))] * (len(frames) - 1) + [LAST_MILLISECONDS]
 
 
 def paint(pixels: Any, visible: Any, size: int) -> Image.Image:

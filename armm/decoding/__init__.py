@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from armm.decoding.base import DecodingOutput, TokenStream
 from armm.decoding.guidance import Guidance
 from armm.decoding.masked_tokens import MaskedTokenDecoding
@@ -14,7 +17,7 @@ from armm.decoding.text import TextOutput, decode_text
 from armm.decoding.token_shuffle import TokenShuffleDecoding
 
 # name -> strategy class; each is a component that a pipeline saves and swaps like a scheduler
-DECODING_STRATEGIES = {
+DECODING_STRATEGIES: dict[str, Any] = {
     "next_token": NextTokenDecoding,
     "masked_tokens": MaskedTokenDecoding,
     "neighboring": NeighboringDecoding,
@@ -22,6 +25,23 @@ DECODING_STRATEGIES = {
     "token_shuffle": TokenShuffleDecoding,
     "next_scale": NextScaleDecoding,
 }
+
+
+def build_strategy(config: Mapping[str, Any]) -> Any:
+    """The strategy that a config names, `{"type": name, **arguments}`.
+
+    Raises:
+        ValueError: unknown name or arguments.
+    """
+    options = dict(config)
+    kind = options.pop("type", None)
+    if kind not in DECODING_STRATEGIES:
+        raise ValueError(f"decoding type must be one of {sorted(DECODING_STRATEGIES)}, got {kind!r}")
+    try:
+        return DECODING_STRATEGIES[kind](**options)
+    except TypeError as error:
+        raise ValueError(f"decoding of type {kind!r}: {error}") from error
+
 
 __all__ = [
     "DECODING_STRATEGIES",
@@ -38,6 +58,7 @@ __all__ = [
     "TextOutput",
     "TokenShuffleDecoding",
     "TokenStream",
+    "build_strategy",
     "decode_text",
     "scale_masks",
     "top_k_filter",

@@ -33,7 +33,7 @@ class TextOutput:
 @torch.no_grad()
 def decode_text(
     model: AutoregressiveModel,
-    ids: Tensor,
+    ids: Tensor | Condition,
     *,
     stop_id: int,
     max_tokens: int,
@@ -47,7 +47,8 @@ def decode_text(
     interrupt: Callable[[], bool] | None = None,
     check_every: int = 8,
 ) -> TextOutput:
-    """Continue the prefix `ids` [B, T] (text, image or both, ordinary ids of the vocabulary).
+    """Continue the prefix `ids` [B, T] (text, image or both, ordinary ids of the vocabulary), or a `Condition` with embeddings
+    and position ids (for images that are not one embedding a token).
 
     index: flat position ids of the prefix, [T] or [B, T]; default: begin-of-image first, then the image and text after
     it. What is generated takes the positions behind the last one. mask: bool [B, T], False on padding (on the left).
@@ -55,7 +56,7 @@ def decode_text(
     result included, are ids of the whole vocabulary. Whether every row has stopped is looked up every `check_every`
     tokens only.
     """
-    if ids.dim() != 2 or ids.shape[1] == 0:
+    if isinstance(ids, Tensor) and (ids.dim() != 2 or ids.shape[1] == 0):
         raise ValueError(f"ids must be [batch, tokens] with at least one token, got shape {tuple(ids.shape)}")
     if max_tokens < 1:
         raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
@@ -64,19 +65,19 @@ def decode_text(
     low, high = vocabulary_range(model, vocabulary)
     if not low <= stop_id < high:
         raise ValueError(f"stop_id must be one of the ids that may be said, {low} .. {high - 1}, got {stop_id}")
-    batch, device = ids.shape[0], ids.device
-    index = _prefix_index(model, ids, index)
+    prefix = ids if isinstance(ids, Condition) else _prefix(model, ids, index, mask, grid)
+    batch, device, index = prefix.batch, prefix.embeds.device, prefix.index
+    if index is None:
+        raise ValueError("a Condition to continue needs position ids: give its index")
     following = index[..., -1:] + torch.arange(1, max_tokens, device=device)
     _check_room(model, index, max_tokens, grid)
     if sampler.do_sample and not isinstance(noise, NoiseSource):
         noise = NoiseSource(noise, batch, high - low, device)
 
-    padding = None if mask is None else mask.to(device=device, dtype=torch.bool)
-    prefix = Condition(model.embed(ids), padding, None, model.bidirectional_tokens(index, grid, reading=True))
     stream = TokenStream(model, prefix, model.positions_for(index, grid), model.positions_for(following, grid))
     out = torch.full((batch, max_tokens), stop_id, dtype=torch.long, device=device)
     finished = torch.zeros(batch, dtype=torch.bool, device=device)
-    token = ids[:, -1]
+    token = out[:, 0]
     for step in range(max_tokens):
         if interrupt is not None and interrupt():
             break
@@ -97,12 +98,18 @@ def decode_text(
     return TextOutput(out, lengths, stream.num_calls)
 
 
-def _prefix_index(model: AutoregressiveModel, ids: Tensor, index: Tensor | None) -> Tensor:
+def _prefix(
+    model: AutoregressiveModel, ids: Tensor, index: Tensor | None, mask: Tensor | None, grid: Sequence[int] | None
+) -> Condition:
+    """Ids as a condition; see `decode_text`."""
     if index is None:
         index = torch.arange(model.prefix_slots - 1, model.prefix_slots - 1 + ids.shape[1], device=ids.device)
     if index.shape not in (ids.shape, ids.shape[1:]):
         raise ValueError(f"index must be {tuple(ids.shape)} or {tuple(ids.shape[1:])}, got {tuple(index.shape)}")
-    return index.to(ids.device)
+    index = index.to(ids.device)
+    padding = None if mask is None else mask.to(device=ids.device, dtype=torch.bool)
+    bidirectional = model.bidirectional_tokens(index, grid, reading=True)
+    return Condition(model.embed(ids), padding, index.expand(ids.shape), bidirectional)
 
 
 def _check_room(model: AutoregressiveModel, index: Tensor, max_tokens: int, grid: Sequence[int] | None) -> None:

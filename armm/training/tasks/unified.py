@@ -2,8 +2,8 @@
 
 Two kinds of rows, each of one fixed length (T caption slots, N image tokens, K questions):
 
-- drawing rows `[caption, T slots] <image> [N codes]`: the loss falls on the codes. A share of them has the null prompt, which
-  is what guidance subtracts;
+- drawing rows `[caption, T slots] <image> [N codes]`: the loss falls on the codes, in the way of the decoding strategy that
+  the model is trained for. A share of them has the null prompt, which is what guidance subtracts;
 - reading rows `[null prompt, T slots] <image> [N codes] [caption segment] [K question segments]`: the loss falls on the words
   that follow the image, which is seen whole. Segments see the image and themselves, never each other, and all start at the same
   position; so an image is read once for K + 1 texts.
@@ -12,7 +12,6 @@ Two kinds of rows, each of one fixed length (T caption slots, N image tokens, K 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from armm.data.scenes import SceneDataset
-from armm.decoding.next_token import NextTokenDecoding
+from armm.decoding import build_strategy
+from armm.decoding.base import Trunk
 from armm.model import AutoregressiveModel
 from armm.training.recipe import Recipe, take
 from armm.training.task import Batch, TrainingTask, cast_weights, fresh_copy
@@ -41,9 +41,11 @@ class UnifiedTask(TrainingTask):
     """Recipe mappings:
 
     model: `text_slots` (words of a prompt), `answer_slots` (tokens of a text after the image), `bidirectional_prompt` (the
-        words of a prompt see each other whole), `bidirectional_image` (so does an image that is read), `transformer` (arguments
-        of `ARTransformer`), `start` (directory of trained weights to go on from), `compile` (the trunk; needs a C++ compiler),
-        `generation` (generation config of the export).
+        words of a prompt see each other whole), `bidirectional_image` (so does an image that is read), `decoding` (the
+        strategy: `type`, a name of `armm.decoding.DECODING_STRATEGIES`, and its arguments), `transformer` (arguments of
+        `ARTransformer`), `head` and `shuffle` (of `AutoregressiveModel`, as the strategy needs them), `start` (directory of
+        trained weights to go on from), `compile` (the trunk; needs a C++ compiler), `generation` (generation config of the
+        export).
     data: `tokenizer` (directory of a trained `VQTokenizer`), scenes, size, seed, validation (scenes), `cache` (directory of
         what is made once; by default beside the output directory), captions and questions (written per scene),
         `reading_share` (of the rows), `questions_per_row`, `null_share` (of the drawing rows, without their caption).
@@ -60,6 +62,9 @@ class UnifiedTask(TrainingTask):
             bidirectional_prompt=True,
             bidirectional_image=True,
             start=None,
+            decoding={"type": "next_token"},
+            head=None,
+            shuffle=None,
             transformer={},
             compile=False,
             generation={"guidance_scale": 3.0, "temperature": 0.7, "top_k": 0, "top_p": 1.0},
@@ -94,10 +99,15 @@ class UnifiedTask(TrainingTask):
         self.grid = (self.data["size"] // self.tokenizer.downsample,) * 2
         self.text_slots = int(self.settings["text_slots"])
         self.image_tokens = self.grid[0] * self.grid[1]
-        positions = self.text_slots + 1 + self.image_tokens + int(self.settings["answer_slots"])
+        self.decoding = build_strategy(self.settings["decoding"])
+        window = (self.settings["shuffle"] or {}).get("window", 1)
+        self.trunk_tokens = self.image_tokens // window**2
+        positions = self.text_slots + 1 + self.trunk_tokens + int(self.settings["answer_slots"])
         self.model = AutoregressiveModel(
             vocab_size=len(self.words) + self.tokenizer.codebook_size,
             transformer={"learned_positions": positions, **self.settings["transformer"]},
+            head=self.settings["head"],
+            shuffle=self.settings["shuffle"],
             grid=list(self.grid),
             text_slots=self.text_slots,
             answer_slots=int(self.settings["answer_slots"]),
@@ -107,7 +117,7 @@ class UnifiedTask(TrainingTask):
         if self.settings["start"]:
             self.model.load_state_dict(AutoregressiveModel.from_pretrained(self.settings["start"]).state_dict())
         self.module = nn.ModuleDict({"model": self.model})
-        self._compiled: Callable[..., Tensor] | None = None
+        self._compiled: Trunk | None = None
 
     def hidden_matrices(self) -> list[nn.Parameter]:
         return [p for p in self.model.trunk.blocks.parameters() if p.ndim == 2]
@@ -132,14 +142,10 @@ class UnifiedTask(TrainingTask):
         self.caption_length = self.text_slots + 1
         self.question_length = length - 1
         segments = [self.caption_length] + [self.question_length] * data["questions_per_row"]
-        prefix = self.text_slots + 1 + self.image_tokens
+        prefix = self.text_slots + 1 + self.trunk_tokens
         self.reading_positions = reading_positions(prefix, segments).to(device)
-        drawing = self.text_slots + self.image_tokens
-        self.drawing_positions = torch.arange(drawing, device=device)
         seen_whole = self.model.bidirectional_tokens(self.reading_positions, reading=True)
         self.reading_mask = reading_mask(prefix, segments, seen_whole).to(device)
-        seen_whole = self.model.bidirectional_tokens(self.drawing_positions)
-        self.drawing_mask = reading_mask(drawing, [], seen_whole).to(device)
 
     def _prepare_split(self, count: int, seed: int, split: str) -> tuple[UnifiedData, list[str]]:
         dataset = SceneDataset.prepare(count, self.data["size"], seed, split=split, cache_dir=self.cache)
@@ -163,19 +169,19 @@ class UnifiedTask(TrainingTask):
         return self._to_device(batch)
 
     def drawing_rows(self, data: UnifiedData, rows: Tensor, generator: torch.Generator, null_share: float) -> Batch:
-        """drawing [A, T + N] token ids (the last code is only a target) and drawing_codes [A, N]."""
+        """drawing [A, T + 1], the prompts up to begin-of-image, and drawing_codes [A, N]."""
         codes = data.codes[rows].long()
         pick = torch.randint(data.captions.shape[1], (len(rows),), generator=generator)
         dropped = torch.rand(len(rows), 1, generator=generator) < null_share
         captions = torch.where(dropped, self._null(len(rows)), data.captions[rows, pick].long())
         image = torch.full((len(rows), 1), self.words.image)
-        return {"drawing": torch.cat([captions, image, codes[:, :-1] + len(self.words)], 1), "drawing_codes": codes}
+        return {"drawing": torch.cat([captions, image], 1), "drawing_codes": codes}
 
     def reading_rows(
         self, data: UnifiedData, rows: Tensor, generator: torch.Generator, questions: Tensor | None = None
     ) -> Batch:
-        """reading [B, P + segments] token ids, reading_captions and reading_answers (targets of the tokens after the image,
-        -100 where there is none), [B, caption length] and [B, K * question length]."""
+        """reading_codes [B, N]; reading [B, L], the texts after the image; reading_captions and reading_answers, their targets
+        (-100 where there is none), [B, caption length] and [B, K * question length]."""
         count = len(rows)
         codes = data.codes[rows].long()
         pick = torch.randint(data.captions.shape[1], (count,), generator=generator)
@@ -193,10 +199,9 @@ class UnifiedTask(TrainingTask):
         before = torch.arange(answers.shape[-1]) < starts[..., None]
         answers[before | (answers == self.words.pad)] = _IGNORED
         captions = caption[:, 1:].masked_fill(caption[:, 1:] == self.words.pad, _IGNORED)
-        image = torch.full((count, 1), self.words.image)
-        parts = [self._null(count), image, codes + len(self.words), caption[:, :-1], asked[..., :-1].flatten(1)]
         return {
-            "reading": torch.cat(parts, 1),
+            "reading": torch.cat([caption[:, :-1], asked[..., :-1].flatten(1)], 1),
+            "reading_codes": codes,
             "reading_captions": captions,
             "reading_answers": answers.flatten(1),
         }
@@ -220,11 +225,16 @@ class UnifiedTask(TrainingTask):
             logs |= {"caption": caption_loss.detach(), "answer": answer_loss.detach()}
         return loss, logs
 
+    def _drawing_loss(self, batch: Batch) -> Tensor:
+        words = len(self.words)
+        codes, condition = batch["drawing_codes"], self.model.prefix_condition(batch["drawing"])
+        logits = self.decoding.image_logits(self.model, codes + words, condition, low=words, trunk=self._trunk())
+        return F.cross_entropy(logits.flatten(0, 1), codes.flatten())
+
     def _reading_losses(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Losses of captions and answers, and the predicted ids of the answer tokens [B, K * question length]."""
-        hidden = self._hidden(batch["reading"], self.reading_positions, self.reading_mask)
-        image_end = self.text_slots + self.image_tokens
-        texts = hidden[:, image_end + 1 :].split([self.caption_length, batch["reading_answers"].shape[1]], 1)
+        hidden = self.reading_states(batch["reading_codes"], batch["reading"])
+        texts = hidden.split([self.caption_length, batch["reading_answers"].shape[1]], 1)
         losses = []
         predicted = torch.full_like(batch["reading_answers"], _IGNORED)
         for states, targets in zip(texts, (batch["reading_captions"], batch["reading_answers"]), strict=True):
@@ -235,20 +245,23 @@ class UnifiedTask(TrainingTask):
                 predicted[wanted] = logits.detach().argmax(-1)
         return losses[0], losses[1], predicted
 
-    def _drawing_loss(self, batch: Batch) -> Tensor:
-        hidden = self._hidden(batch["drawing"], self.drawing_positions, self.drawing_mask)[:, self.text_slots :]
-        logits = self.model.logits(hidden.reshape(-1, hidden.shape[-1]), low=len(self.words))
-        return F.cross_entropy(logits.float(), batch["drawing_codes"].flatten())
+    def reading_states(self, codes: Tensor, texts: Tensor) -> Tensor:
+        """Final hidden states [B, L, D] of the texts [B, L] after an image of codes [B, N]."""
+        model = self.model
+        image = torch.full((len(codes), 1), self.words.image)
+        prompt = torch.cat([self._null(len(codes)), image], 1).to(codes.device)
+        embeds = [model.embed(prompt), model.embed_image(codes + len(self.words)), model.embed(texts)]
+        table = model.positions_for(self.reading_positions)
+        output = self._trunk()(torch.cat(embeds, 1), positions=table, mask=self.reading_mask[None, None])
+        return (output[0] if isinstance(output, tuple) else output)[:, -texts.shape[1] :]
 
-    def _hidden(self, ids: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
-        """Final hidden states [B, L, D] of token ids [B, L] at flat positions [L] under a bool mask [L, L]."""
+    def _trunk(self) -> Trunk:
         trunk = self.model.trunk
-        if self.settings["compile"] and self.module.training:
-            if self._compiled is None:
-                self._compiled = torch.compile(trunk.forward, dynamic=False)
-            trunk = self._compiled
-        table = self.model.positions_for(positions)
-        return trunk(self.model.embed(ids), positions=table, mask=mask[None, None])
+        if not (self.settings["compile"] and self.module.training):
+            return trunk
+        if self._compiled is None:
+            self._compiled = torch.compile(trunk.forward, dynamic=False)
+        return self._compiled
 
     # ------------------------------------------------------------------ figures, pictures, weights
 
@@ -286,7 +299,7 @@ class UnifiedTask(TrainingTask):
         pipe = UnifiedTextToImagePipeline(
             tokenizer=self.tokenizer,
             transformer=self.model,
-            decoding=NextTokenDecoding(),
+            decoding=self.decoding,
             vocabulary=self.vocabulary,
             generation_config=dict(self.settings["generation"]),
         )
