@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -226,6 +227,59 @@ def test_the_loss_falls(recipe):
     with torch.no_grad():
         figures = task.validate()
     assert {"image", "null", "prompt_gain", "answers_right"} <= set(figures)
+
+
+STRATEGIES = {
+    "neighboring": {
+        "decoding": {"type": "neighboring"},
+        "head": {"type": "neighboring", "axes": 2},
+        "transformer": {"taps": [1]},
+    },
+    "token_shuffle": {
+        "decoding": {"type": "token_shuffle", "window": 2},
+        "shuffle": {"window": 2, "num_mlps": 1, "mlp_hidden": 32},
+        "transformer": {},
+    },
+}
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_other_strategies_train_draw_and_read(recipe, picture, tmp_path, name):
+    torch.manual_seed(0)
+    changes = {**STRATEGIES[name], "transformer": {**recipe.model["transformer"], **STRATEGIES[name]["transformer"]}}
+    task = UnifiedTask(dataclasses.replace(recipe, model={**recipe.model, **changes}))
+    task.prepare(torch.device("cpu"))
+    optimizer = torch.optim.AdamW(task.parameter_groups(), lr=3e-3)
+    losses = []
+    for step in range(12):
+        loss, _ = task.loss(task.batch(step, 8, 0), step, step / 12)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
+    silent = [key for key, value in task.model.named_parameters() if value.grad is None]
+    assert not silent
+    task.module.eval()
+    with torch.no_grad():
+        assert set(task.validate()) >= {"image", "prompt_gain"}
+    task.export(tmp_path / "export")
+    drawer, reader, painter = (
+        load(kind, tmp_path / "export")
+        for kind in (UnifiedTextToImagePipeline, UnifiedImageToTextPipeline, UnifiedInpaintPipeline)
+    )
+    assert type(drawer.decoding) is type(task.decoding)
+    prompts = ["a red cube", "a small blue sphere at night"]
+    together = drawer(prompts, generator=generators(0, 1), output_type="latent").images
+    alone = drawer(prompts[1], generator=generators(1), output_type="latent").images
+    assert torch.equal(together[1], alone[0]) and drawer.num_timesteps == task.decoding.num_calls(task.grid)
+    assert len(reader([picture, picture], ["what color is the cube?", "is it day?"]).texts) == 2
+    mask = np.zeros((SIZE, SIZE), dtype=np.uint8)
+    mask[:, SIZE // 2 :] = 255
+    kept = painter("a red cube", picture, mask, generator=generators(0), output_type="latent").images.view(1, *task.grid)
+    known = reader.encode_image(picture).view(1, *task.grid)
+    half = task.grid[1] // 2
+    assert torch.equal(kept[..., :half], known[..., :half])
 
 
 @pytest.mark.parametrize(
