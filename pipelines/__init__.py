@@ -12,6 +12,8 @@ _PUBLIC = {
     "ELMPipeline": "pipelines.elm",
     "ARVideoOutput": "pipelines.outputs",
     "LlamaGenPipeline": "pipelines.llamagen",
+    "NARPipeline": "pipelines.nar",
+    "PARPipeline": "pipelines.par",
     "VARPipeline": "pipelines.var",
     "UnifiedTextToImagePipeline": "pipelines.unified_text_to_image",
     "UnifiedImageToTextPipeline": "pipelines.unified_image_to_text",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from diffusers import DiffusionPipeline
 
@@ -25,6 +25,8 @@ class PARPipeline(LlamaGenPipeline):
         tokenizer (`VQTokenizer`): decodes token ids to pixels.
         transformer (`AutoregressiveModel`): with transition tokens.
         decoding (`ParallelGroupsDecoding`): the decoding strategy.
+        text_encoder (`T5EncoderModel`, *optional*), text_tokenizer (`T5Tokenizer`, *optional*): for prompts; the published
+            models are class-conditional and have none.
         generation_config (`dict`, *optional*): settings of this checkpoint.
 
     Examples:
@@ -36,8 +38,6 @@ class PARPipeline(LlamaGenPipeline):
         ```
     """
 
-    model_cpu_offload_seq = "transformer->tokenizer"
-    _optional_components: ClassVar[list[str]] = []
     single_file_loader: ClassVar[str | None] = "armm.convert.par"
 
     def __init__(
@@ -45,9 +45,11 @@ class PARPipeline(LlamaGenPipeline):
         tokenizer: VQTokenizer,
         transformer: AutoregressiveModel,
         decoding: ParallelGroupsDecoding,
+        text_encoder: Any = None,
+        text_tokenizer: Any = None,
         generation_config: dict | None = None,
     ) -> None:
-        super().__init__(tokenizer, transformer, decoding, generation_config=generation_config)
+        super().__init__(tokenizer, transformer, decoding, text_encoder, text_tokenizer, generation_config)
 
     def grid_of(self, height: int | None, width: int | None) -> tuple[int, ...]:
         grid = super().grid_of(height, width)
