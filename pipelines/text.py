@@ -22,6 +22,8 @@ PAD, NULL, IMAGE, CAPTION, QUESTION, ANSWER, END = SPECIAL_TOKENS = (
     "<answer>",
     "<end>",
 )
+# What stands for a hole, by its number; models that fill holes know some of them.
+HOLE = "<mask:{}>"
 _PUNCTUATION = r"[.,;:!?\"'`()]"
 
 
@@ -30,6 +32,9 @@ class WordTokenizer:
 
     Args:
         vocabulary: the special tokens and the words; a word's index is its id.
+
+    Attributes:
+        holes: ids of the sentinels `<mask:0>`, `<mask:1>`, ... that the vocabulary has.
     """
 
     def __init__(self, vocabulary: Sequence[str]) -> None:
@@ -43,8 +48,11 @@ class WordTokenizer:
         self.pad, self.null, self.image, self.caption, self.question, self.answer, self.end = (
             ids[token] for token in SPECIAL_TOKENS
         )
-        self._special = {ids[token] for token in SPECIAL_TOKENS}
-        self.words = [word for word in self.vocabulary if word not in SPECIAL_TOKENS]
+        self.holes: list[int] = []
+        while HOLE.format(len(self.holes)) in ids:
+            self.holes.append(ids[HOLE.format(len(self.holes))])
+        self._special = {*(ids[token] for token in SPECIAL_TOKENS), *self.holes}
+        self.words = [word for word, index in ids.items() if index not in self._special]
         self._known = set(self.words)
         self._tokenizer = Tokenizer(WordLevel(ids, unk_token=PAD))
         self._tokenizer.normalizer = normalizers.Sequence(

@@ -12,6 +12,7 @@ from diffusers import DiffusionPipeline
 
 from armm.decoding.grouped import GroupedDecoding
 from armm.decoding.guidance import Guidance
+from armm.decoding.infilling import fill_image, hole_layout
 from armm.decoding.next_token import NextTokenDecoding
 from armm.decoding.sampling import Sampler
 from armm.model import AutoregressiveModel
@@ -183,6 +184,51 @@ class UnifiedPipeline(ARPipeline):
                 known_ids=known_ids,
                 known_mask=known_mask,
                 vocabulary=self.code_range,
+                callback=step_end,
+                interrupt=lambda: self._interrupt,
+            )
+        return Codes(ids=output.ids, grid=(1, *grid))
+
+    def fill_codes(
+        self,
+        prefix: torch.Tensor,
+        guidance_scale: float,
+        sampler: Sampler,
+        generator: torch.Generator | list[torch.Generator] | None,
+        known: torch.Tensor,
+        cells: torch.Tensor,
+        *,
+        callback: Any = None,
+        callback_names: Sequence[str] = ("latents",),
+    ) -> Codes:
+        """The codes `known` [B, N] with those in the masked `cells` [B, N] drawn anew by infilling, see `fill_image`."""
+        self.check_callback_inputs(callback_names)
+        model, grid = self.transformer, self.transformer.grid
+        self._guidance_scale, self._interrupt = guidance_scale, False
+        guidance = Guidance(scale=guidance_scale)
+        condition = model.prefix_condition(prefix)
+        null = model.prefix_condition(self.null_prefix(len(prefix))) if guidance.active else None
+        self._num_timesteps = hole_layout(cells, len(self.words.holes)).num_calls
+        with self.progress_bar(total=self._num_timesteps) as bar:
+
+            def step_end(step: int, ids: torch.Tensor) -> torch.Tensor | None:
+                bar.update()
+                replaced = self.step_end(callback, callback_names, step, {"latents": ids})
+                guidance.scale = self._guidance_scale
+                return replaced.get("latents")
+
+            output = fill_image(
+                model,
+                condition,
+                known,
+                cells,
+                null,
+                sentinel_ids=self.words.holes,
+                pad_id=self.words.pad,
+                vocabulary=self.code_range,
+                sampler=sampler,
+                guidance=guidance,
+                noise=generator,
                 callback=step_end,
                 interrupt=lambda: self._interrupt,
             )

@@ -17,6 +17,8 @@ from .unified import UnifiedPipeline
 
 __all__ = ["DiffusionPipeline", "UnifiedImageToTextPipeline"]
 
+_HOLE = "..."
+
 EXAMPLE_DOC_STRING = """
     Examples:
         ```py
@@ -40,6 +42,7 @@ class UnifiedImageToTextPipeline(UnifiedPipeline):
         self,
         image: Any,
         question: str | list[str] | None = None,
+        caption: str | None = None,
         max_new_tokens: int | None = None,
         temperature: float = 0.0,
         top_k: int = 0,
@@ -56,6 +59,8 @@ class UnifiedImageToTextPipeline(UnifiedPipeline):
                 [0, 1]), or a list of them. Another size than the model's is cropped in the middle and resized.
             question (`str` or `list[str]`, *optional*): asked about each image; a list holds one question for each image, or
                 several about one image. Without it the images are described.
+            caption (`str`, *optional*): a caption with one hole, written `...`, to be filled with what the images show: "a small ...
+                cube". For models that know holes; each image's caption is returned whole.
             max_new_tokens (`int`, *optional*): longest text; by default as long as the model can say.
             temperature (`float`, *optional*, defaults to 0): 0 says the likeliest word.
             top_k, top_p: filters of the draw when `temperature` is above 0.
@@ -76,7 +81,9 @@ class UnifiedImageToTextPipeline(UnifiedPipeline):
         if top_p == 0:
             raise ValueError("`top_p` must be above 0 (1 turns the filter off), got 0.")
         self.check_callback_inputs(callback_on_step_end_tensor_inputs)
-        segments = self._segments(question)
+        if caption is not None and question is not None:
+            raise ValueError("`caption` and `question` exclude each other: fill a caption, or ask.")
+        segments = self._segments(question) if caption is None else [self._holed(caption)]
         slots = self.transformer.answer_slots + 1
         room = slots - max(len(ids) for ids in segments)
         if max_new_tokens is not None:
@@ -119,8 +126,27 @@ class UnifiedImageToTextPipeline(UnifiedPipeline):
             )
             for row, ids in zip(rows, output.tokens(), strict=True):
                 texts[row] = self.words.decode(ids)
+        if caption is not None:
+            before, after = caption.split(_HOLE)
+            texts = [" ".join(f"{before} {text} {after}".split()) for text in texts]
         self.maybe_free_model_hooks()
         return ARTextOutput(texts=texts) if return_dict else (texts,)
+
+    def _holed(self, caption: Any) -> list[int]:
+        """What a caption with a hole is written as (see `armm.decoding.infilling`), up to where the hole's words start."""
+        words = self.words
+        if not isinstance(caption, str):
+            raise TypeError(f"`caption` must be a string, got {type(caption).__name__}.")
+        if not words.holes:
+            raise ValueError("`caption` needs a model that was trained to fill holes; this one has no sentinels.")
+        parts = caption.split(_HOLE)
+        if len(parts) != 2:
+            raise ValueError(f"`caption` must hold one hole, written {_HOLE!r}, got {caption!r}.")
+        before, after = ([] if not words.split(part) else words.encode(part, "caption") for part in parts)
+        limit = self.transformer.answer_slots - 5
+        if len(before) + len(after) > limit:
+            raise ValueError(f"`caption` has {len(before) + len(after)} words besides the hole; this model takes {limit}.")
+        return [words.caption, *before, words.holes[0], *after, words.end, words.holes[0]]
 
     def _segments(self, question: Any) -> list[list[int]]:
         """What follows the image: the ids that open a caption, or questions up to where their answers start."""

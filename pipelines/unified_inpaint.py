@@ -33,8 +33,12 @@ EXAMPLE_DOC_STRING = """
 
 
 class UnifiedInpaintPipeline(UnifiedPipeline):
-    """Redraws part of an image. Codes are drawn in raster order: a code sees the prompt, the kept codes before it in that
-    order and what was drawn; kept codes that come later do not influence it."""
+    """Redraws part of an image.
+
+    Two ways. In order: a code sees the prompt, the kept codes before it in decode order and what was drawn; kept codes that come
+    later do not influence it. Infilling (CM3), for models whose vocabulary has sentinels for holes: what is redrawn is written
+    after all that is kept, and sees it on every side.
+    """
 
     @torch.no_grad()
     @replace_example_docstring(EXAMPLE_DOC_STRING)
@@ -45,6 +49,7 @@ class UnifiedInpaintPipeline(UnifiedPipeline):
         mask_image: Any,
         num_images_per_prompt: int = 1,
         keep_pixels: bool = False,
+        infill: bool | None = None,
         guidance_scale: float | None = None,
         temperature: float | None = None,
         top_k: int | None = None,
@@ -67,6 +72,7 @@ class UnifiedInpaintPipeline(UnifiedPipeline):
             num_images_per_prompt (`int`, *optional*, defaults to 1): results for each image, next to each other.
             keep_pixels (`bool`, *optional*, defaults to `False`): paste the original pixels back where no cell was redrawn
                 (otherwise they pass through the tokenizer, which changes them slightly).
+            infill (`bool`, *optional*): redraw by infilling; by default where the model can.
             guidance_scale, temperature, top_k, top_p, generator, output_type, return_dict, callback_on_step_end,
             callback_on_step_end_tensor_inputs, output_codes: as in `UnifiedTextToImagePipeline`.
 
@@ -93,16 +99,13 @@ class UnifiedInpaintPipeline(UnifiedPipeline):
             for value in (prefix, pixels, cells, known)
         )
         self.check_generator(generator, len(prefix))
-        codes = self.draw_codes(
-            prefix,
-            guidance_scale,
-            sampler,
-            generator,
-            known_ids=known,
-            known_mask=~cells.flatten(1).to(known.device),
-            callback=callback_on_step_end,
-            callback_names=callback_on_step_end_tensor_inputs,
-        )
+        redrawn_cells = cells.flatten(1).to(known.device)
+        watched = {"callback": callback_on_step_end, "callback_names": callback_on_step_end_tensor_inputs}
+        if self.infills(infill, redrawn_cells):
+            codes = self.fill_codes(prefix, guidance_scale, sampler, generator, known, redrawn_cells, **watched)
+        else:
+            given = {"known_ids": known, "known_mask": ~redrawn_cells}
+            codes = self.draw_codes(prefix, guidance_scale, sampler, generator, **given, **watched)
         if keep_pixels and output_type != "latent":
             drawn = self.tokenizer.decode(codes).float()
             redrawn = F.interpolate(cells[:, None].float(), size=drawn.shape[-2:], mode="nearest").to(drawn.device)
@@ -113,6 +116,22 @@ class UnifiedInpaintPipeline(UnifiedPipeline):
         if not return_dict:
             return (images, codes) if output_codes else (images,)
         return ARPipelineOutput(images=images, codes=codes if output_codes else None)
+
+    def infills(self, infill: bool | None, cells: torch.Tensor) -> bool:
+        """Whether the masked `cells` [B, N] are redrawn by infilling; a ValueError if that is asked for and not possible."""
+        if infill is False:
+            return False
+        if infill is not None and infill is not True:
+            raise TypeError(f"`infill` must be True, False or None, got {infill!r}.")
+        starts = cells & ~F.pad(cells, (1, 0))[:, :-1]
+        fewest, most = (int(value) for value in starts.sum(1).aminmax())
+        possible = 1 <= fewest and most <= len(self.words.holes)
+        if infill and not possible:
+            raise ValueError(
+                f"`infill` needs a model that knows holes and masks of 1 to {len(self.words.holes)} of them (runs of codes, row by row); "
+                f"these masks have {fewest} to {most}. Pass `infill=False` to redraw in order."
+            )
+        return possible
 
     def mask_to_cells(self, mask_image: Any) -> torch.Tensor:
         """Masks in any accepted form -> bool [B, h, w], True for the codes to redraw."""

@@ -30,6 +30,7 @@ from pipelines.unified_text_to_image import UnifiedTextToImagePipeline
 from tokenizers_visual.vq_tokenizer import VQTokenizer
 
 from .unified_data import UnifiedData, prepare_codes, prepare_texts, scene_vocabulary
+from .unified_infilling import caption_with_hole, holed_images, holed_loss
 from .unified_rows import reading_mask, reading_positions, save_captioned_grid
 
 logger = logging.getLogger(__name__)
@@ -42,14 +43,15 @@ class UnifiedTask(TrainingTask):
 
     model: `text_slots` (words of a prompt), `answer_slots` (tokens of a text after the image), `bidirectional_prompt` (the
         words of a prompt see each other whole), `bidirectional_image` (so does an image that is read), `decoding` (the
-        strategy: `type`, a name of `armm.decoding.DECODING_STRATEGIES`, and its arguments), `transformer` (arguments of
-        `ARTransformer`), `head` and `shuffle` (of `AutoregressiveModel`, as the strategy needs them), `start` (directory of
-        trained weights to go on from), `compile` (the trunk; needs a C++ compiler), `generation` (generation config of the
-        export).
+        strategy: `type`, a name of `armm.decoding.DECODING_STRATEGIES`, and its arguments), `holes` (sentinels in the
+        vocabulary, for infilling), `transformer` (arguments of `ARTransformer`), `head` and `shuffle` (of
+        `AutoregressiveModel`, as the strategy needs them), `start` (directory of trained weights to go on from), `compile` (the
+        trunk; needs a C++ compiler), `generation` (generation config of the export).
     data: `tokenizer` (directory of a trained `VQTokenizer`), scenes, size, seed, validation (scenes), `cache` (directory of
         what is made once; by default beside the output directory), captions and questions (written per scene),
-        `reading_share` (of the rows), `questions_per_row`, `null_share` (of the drawing rows, without their caption).
-    loss: weights of `caption` and `answer` relative to the codes of drawing rows.
+        `reading_share` (of the rows), `questions_per_row`, `null_share` (of the drawing rows, without their caption),
+        `infilling_share` (of the drawing rows once more as images with holes, and of the captions).
+    loss: weights of `caption`, `answer` and `infilling` relative to the codes of drawing rows.
     """
 
     def __init__(self, recipe: Recipe) -> None:
@@ -65,6 +67,7 @@ class UnifiedTask(TrainingTask):
             decoding={"type": "next_token"},
             head=None,
             shuffle=None,
+            holes=0,
             transformer={},
             compile=False,
             generation={"guidance_scale": 3.0, "temperature": 0.7, "top_k": 0, "top_p": 1.0},
@@ -83,8 +86,9 @@ class UnifiedTask(TrainingTask):
             reading_share=0.3,
             questions_per_row=4,
             null_share=0.1,
+            infilling_share=0.0,
         )
-        self.weights = take(recipe.loss, "loss", caption=0.3, answer=1.0)
+        self.weights = take(recipe.loss, "loss", caption=0.3, answer=1.0, infilling=0.5)
         if not self.data["tokenizer"]:
             raise ValueError(
                 "`data.tokenizer` must name the directory of a trained tokenizer (`armm train` one first)."
@@ -93,8 +97,10 @@ class UnifiedTask(TrainingTask):
             raise ValueError(f"`data.reading_share` must lie between 0 and 1, got {self.data['reading_share']}.")
         if not 1 <= self.data["questions_per_row"] <= self.data["questions"]:
             raise ValueError("`data.questions_per_row` must lie between 1 and `data.questions`.")
+        if (self.data["infilling_share"] > 0) != (self.settings["holes"] > 0):
+            raise ValueError("`data.infilling_share` and `model.holes` belong together: set both or neither.")
         self.tokenizer = VQTokenizer.from_pretrained(self.data["tokenizer"]).requires_grad_(False)
-        self.vocabulary = scene_vocabulary()
+        self.vocabulary = scene_vocabulary(self.settings["holes"])
         self.words = WordTokenizer(self.vocabulary)
         self.grid = (self.data["size"] // self.tokenizer.downsample,) * 2
         self.text_slots = int(self.settings["text_slots"])
@@ -134,12 +140,12 @@ class UnifiedTask(TrainingTask):
         length = max(data.questions.shape[-1] for data in (self.train_data, self.unseen))
         for split in (self.train_data, self.unseen):
             split.questions = F.pad(split.questions, (0, length - split.questions.shape[-1]), value=self.words.pad)
-        slots = max(self.text_slots + 1, length - 1)
+        self.caption_length = self.text_slots + (4 if self.words.holes else 1)
+        slots = max(self.caption_length, length - 1)
         if slots > self.settings["answer_slots"]:
             raise ValueError(
                 f"`model.answer_slots` {self.settings['answer_slots']} is too short for texts of {slots}: raise it."
             )
-        self.caption_length = self.text_slots + 1
         self.question_length = length - 1
         segments = [self.caption_length] + [self.question_length] * data["questions_per_row"]
         prefix = self.text_slots + 1 + self.trunk_tokens
@@ -166,6 +172,10 @@ class UnifiedTask(TrainingTask):
         batch = self.drawing_rows(self.train_data, rows[reading:], generator, self.data["null_share"])
         if reading:
             batch |= self.reading_rows(self.train_data, rows[:reading], generator)
+        if self.words.holes:
+            count = max(1, round(self.data["infilling_share"] * (size - reading)))
+            first, pad = len(self.words), self.words.pad
+            batch |= holed_images(batch["drawing_codes"][:count], self.grid, self.words.holes, first, pad, generator)
         return self._to_device(batch)
 
     def drawing_rows(self, data: UnifiedData, rows: Tensor, generator: torch.Generator, null_share: float) -> Batch:
@@ -186,10 +196,8 @@ class UnifiedTask(TrainingTask):
         codes = data.codes[rows].long()
         pick = torch.randint(data.captions.shape[1], (count,), generator=generator)
         caption = data.captions[rows, pick].long()
-        length = (caption != self.words.pad).sum(1, keepdim=True)
-        caption = F.pad(caption, (1, 1), value=self.words.pad)
-        caption[:, 0] = self.words.caption
-        caption.scatter_(1, length + 1, self.words.end)
+        said, captions = self._said(caption, generator)
+        tag = torch.full((count, 1), self.words.caption)
         if questions is None:
             draws = torch.rand(count, data.questions.shape[1], generator=generator)
             questions = draws.argsort(1)[:, : self.data["questions_per_row"]]
@@ -198,13 +206,25 @@ class UnifiedTask(TrainingTask):
         answers = asked[..., 1:].clone()
         before = torch.arange(answers.shape[-1]) < starts[..., None]
         answers[before | (answers == self.words.pad)] = _IGNORED
-        captions = caption[:, 1:].masked_fill(caption[:, 1:] == self.words.pad, _IGNORED)
         return {
-            "reading": torch.cat([caption[:, :-1], asked[..., :-1].flatten(1)], 1),
+            "reading": torch.cat([tag, said[:, :-1], asked[..., :-1].flatten(1)], 1),
             "reading_codes": codes,
             "reading_captions": captions,
             "reading_answers": answers.flatten(1),
         }
+
+    def _said(self, captions: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Captions [B, T] with their end, and a share of them with a hole, as tokens and targets [B, caption length]."""
+        words = self.words
+        lengths = (captions != words.pad).sum(1)
+        tokens = F.pad(captions, (0, self.caption_length - captions.shape[1]), value=words.pad)
+        tokens.scatter_(1, lengths[:, None], words.end)
+        targets = tokens.masked_fill(tokens == words.pad, _IGNORED)
+        if words.holes:
+            count = round(self.data["infilling_share"] * len(captions))
+            holed = caption_with_hole(captions[:count], lengths[:count], words.holes[0], words.end, words.pad, generator)
+            tokens[:count], targets[:count] = holed
+        return tokens, targets
 
     def _to_device(self, batch: Batch) -> Batch:
         return {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
@@ -223,7 +243,14 @@ class UnifiedTask(TrainingTask):
             caption_loss, answer_loss, _ = self._reading_losses(batch)
             loss = loss + self.weights["caption"] * caption_loss + self.weights["answer"] * answer_loss
             logs |= {"caption": caption_loss.detach(), "answer": answer_loss.detach()}
+        if "holed" in batch:
+            infilling_loss = self._infilling_loss(batch)
+            loss, logs["infilling"] = loss + self.weights["infilling"] * infilling_loss, infilling_loss.detach()
         return loss, logs
+
+    def _infilling_loss(self, batch: Batch) -> Tensor:
+        prompts = batch["drawing"][: len(batch["holed"])]
+        return holed_loss(self.model, prompts, batch, len(self.words), self._trunk())
 
     def _drawing_loss(self, batch: Batch) -> Tensor:
         words = len(self.words)

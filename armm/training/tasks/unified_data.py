@@ -23,7 +23,7 @@ from torch import Tensor
 
 from armm.data.scenes import QA, VOCABULARY, Scenes, caption, describe_prompt, questions
 from armm.training.images import to_pixels
-from pipelines.text import SPECIAL_TOKENS, WordTokenizer
+from pipelines.text import HOLE, SPECIAL_TOKENS, WordTokenizer
 from tokenizers_visual.vq_tokenizer import VQTokenizer
 
 logger = logging.getLogger(__name__)
@@ -31,9 +31,10 @@ logger = logging.getLogger(__name__)
 _PARALLEL_FROM = 4096  # scenes from which starting worker processes pays
 
 
-def scene_vocabulary() -> list[str]:
-    """Special tokens, then the words of the scenes language."""
-    return [*SPECIAL_TOKENS, *(word for word in VOCABULARY if word not in SPECIAL_TOKENS)]
+def scene_vocabulary(holes: int = 0) -> list[str]:
+    """Special tokens, then the words of the scenes language, then sentinels for so many holes."""
+    words = [word for word in VOCABULARY if word not in SPECIAL_TOKENS]
+    return [*SPECIAL_TOKENS, *words, *(HOLE.format(number) for number in range(holes))]
 
 
 @dataclass
