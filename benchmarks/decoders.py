@@ -1,0 +1,136 @@
+"""Decoding strategies on the scenes models, in one run: ``python benchmarks/decoders.py [--json FILE] [--plot FILE]``.
+
+Every model draws the same held-out prompts. Calls of the trunk and seconds say what a picture costs; prompt following (read by the
+recogniser) and the Frechet distance of the recogniser's features to fresh renders say what it is worth.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from armm import weights
+from armm.evaluation.text_to_image import text_to_image
+from pipelines import UnifiedTextToImagePipeline
+
+SHIPPED = ("scenes", "scenes-neighboring", "scenes-token-shuffle")
+PROMPT = "a small red sphere to the left of a large blue cube"
+
+
+def load(folder: str | Path, device: str) -> UnifiedTextToImagePipeline:
+    pipe = UnifiedTextToImagePipeline.from_pretrained(folder).to(device)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def seconds_per_batch(pipe: UnifiedTextToImagePipeline, batch: int, repeats: int) -> float:
+    """Median seconds of decoding one batch (codes to pixels included), after one run to warm up."""
+    times = []
+    for run in range(repeats + 1):
+        generators = [torch.Generator().manual_seed(1000 * run + row) for row in range(batch)]
+        start = time.perf_counter()
+        pipe([PROMPT] * batch, generator=generators, output_type="pt")
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])
+
+
+def measure(pipe: UnifiedTextToImagePipeline, options: argparse.Namespace) -> dict[str, Any]:
+    tokens = pipe.transformer.grid[0] * pipe.transformer.grid[1]
+    record: dict[str, Any] = {
+        "strategy": type(pipe.decoding).__name__,
+        "tokens": tokens,
+        "calls": pipe.decoding.num_calls(pipe.transformer.grid),
+        "parameters": sum(parameter.numel() for parameter in pipe.transformer.parameters()),
+    }
+    for batch in options.batches:
+        seconds = seconds_per_batch(pipe, batch, options.repeats)
+        record[f"seconds_batch_{batch}"] = seconds
+        record[f"tokens_per_second_batch_{batch}"] = batch * tokens / seconds
+    scores = text_to_image(pipe, prompts=options.prompts, seed=options.seed, progress=False)
+    kept = ("prompt_accuracy", "prompt_accuracy_standard_error", "frechet_distance", "frechet_distance_of_renders")
+    return record | {name: scores[name] for name in kept}
+
+
+def table(rows: dict[str, dict[str, Any]], batches: list[int]) -> str:
+    """The figures as a markdown table."""
+    heads = ["model", "strategy", "calls", *(f"ms a picture, batch {n}" for n in batches), f"tokens/s, batch {batches[-1]}"]
+    heads += ["prompts right", "Frechet distance"]
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    for name, row in rows.items():
+        cells = [name, row["strategy"], str(row["calls"])]
+        cells += [f"{1000 * row[f'seconds_batch_{n}'] / n:.1f}" for n in batches]
+        cells += [f"{row[f'tokens_per_second_batch_{batches[-1]}']:.0f}"]
+        accuracy, error = row["prompt_accuracy"], row["prompt_accuracy_standard_error"]
+        cells += [f"{100 * accuracy:.1f}% ± {100 * error:.1f}", f"{row['frechet_distance']:.2f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    floor = next(iter(rows.values()))["frechet_distance_of_renders"]
+    return "\n".join([*lines, "", f"Frechet distance between two sets of real renders: {floor:.2f}."])
+
+
+def plot(rows: dict[str, dict[str, Any]], batch: int, path: Path) -> None:
+    """Prompt following against time, one point a model."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    for name, row in rows.items():
+        x, y = 1000 * row[f"seconds_batch_{batch}"] / batch, 100 * row["prompt_accuracy"]
+        axes.errorbar(x, y, yerr=100 * row["prompt_accuracy_standard_error"], fmt="o", capsize=3)
+        axes.annotate(f"{name}\n{row['calls']} calls", (x, y), textcoords="offset points", xytext=(8, -4), fontsize=9)
+    axes.set_xlabel(f"milliseconds a picture (batch {batch})")
+    axes.set_ylabel("prompts right, %")
+    axes.set_xlim(left=0)
+    axes.margins(0.25)
+    axes.grid(alpha=0.3)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}")
+    figure.savefig(temporary, dpi=150, format=path.suffix.lstrip(".") or "png")
+    os.replace(temporary, path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", metavar="NAME=FOLDER", help="models to compare (default: the shipped ones)")
+    parser.add_argument("--prompts", type=int, default=500, help="held-out prompts (default: 500)")
+    parser.add_argument("--seed", type=int, default=0, help="of the prompts and draws (default: 0)")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="batch sizes to time (default: 1 8)")
+    parser.add_argument("--repeats", type=int, default=5, help="runs whose median counts (default: 5)")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's)")
+    parser.add_argument("--json", type=Path, default=None, help="write the figures to this file")
+    parser.add_argument("--plot", type=Path, default=None, help="write a plot to this file (needs matplotlib)")
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    pairs = [model.partition("=")[::2] for model in options.models]
+    if any(not folder for _, folder in pairs):
+        parser.error("models are given as NAME=FOLDER")
+    folders = dict(pairs) or {name: weights.path(name) for name in SHIPPED if name in weights.names()}
+    rows = {name: measure(load(folder, options.device), options) for name, folder in folders.items()}
+
+    print(f"{options.prompts} prompts, {torch.get_num_threads()} threads, {options.device}, torch {torch.__version__}\n")
+    print(table(rows, options.batches))
+    if options.plot is not None:
+        plot(rows, options.batches[-1], options.plot)
+    if options.json is not None:
+        record = {"prompts": options.prompts, "threads": torch.get_num_threads(), "device": options.device, "models": rows}
+        handle, temporary = tempfile.mkstemp(dir=options.json.resolve().parent, suffix=".partial")
+        with os.fdopen(handle, "w") as file:
+            json.dump(record, file, indent=1)
+        os.replace(temporary, options.json)
+
+
+if __name__ == "__main__":
+    main()
