@@ -187,7 +187,7 @@ def test_targets_are_the_words_after_the_image(task):
     codes = batch["reading_codes"]
     assert 0 <= int(codes.min()) and int(codes.max()) < CODES
     reading = round(8 * task.data["reading_share"])
-    rows = torch.randint(len(task.train_data), (8,), generator=task.generator(3, 0))[:reading]
+    rows = torch.multinomial(task.scene_weights, 8, replacement=True, generator=task.generator(3, 0))[:reading]
     assert torch.equal(codes, task.train_data.codes[rows].long())
 
 

@@ -50,6 +50,7 @@ class UnifiedTask(TrainingTask):
     data: `tokenizer` (directory of a trained `VQTokenizer`), scenes, size, seed, validation (scenes), `cache` (directory of
         what is made once; by default beside the output directory), captions and questions (written per scene),
         `reading_share` (of the rows), `questions_per_row`, `null_share` (of the drawing rows, without their caption),
+        `count_weights` (how often a scene of one, two, three objects is drawn from, relative to its share of the scenes),
         `infilling_share` (of the drawing rows once more as images with holes, and of the captions).
     loss: weights of `caption`, `answer` and `infilling` relative to the codes of drawing rows.
     """
@@ -87,6 +88,7 @@ class UnifiedTask(TrainingTask):
             questions_per_row=4,
             null_share=0.1,
             infilling_share=0.0,
+            count_weights=[1.0, 1.0, 1.0],
         )
         self.weights = take(recipe.loss, "loss", caption=0.3, answer=1.0, infilling=0.5)
         if not self.data["tokenizer"]:
@@ -160,6 +162,8 @@ class UnifiedTask(TrainingTask):
             "captions_per_scene": self.data["captions"],
             "questions_per_scene": self.data["questions"],
         }
+        if split == "train":
+            self.scene_weights = torch.tensor(self.data["count_weights"])[dataset.scenes.count.long() - 1]
         texts = prepare_texts(dataset.scenes, settings, self.vocabulary, self.cache)
         codes = prepare_codes(dataset.images, self.tokenizer, self.device, self.cache)
         prompts = [self.words.decode(row.tolist()) for row in texts["captions"][:16, 0]]
@@ -168,7 +172,7 @@ class UnifiedTask(TrainingTask):
     def batch(self, step: int, size: int, rank: int) -> Batch:
         generator = self.generator(step, rank)
         reading = min(size - 1, max(1, round(size * self.data["reading_share"]))) if size > 1 else 0
-        rows = torch.randint(len(self.train_data), (size,), generator=generator)
+        rows = torch.multinomial(self.scene_weights, size, replacement=True, generator=generator)
         batch = self.drawing_rows(self.train_data, rows[reading:], generator, self.data["null_share"])
         if reading:
             batch |= self.reading_rows(self.train_data, rows[:reading], generator)
