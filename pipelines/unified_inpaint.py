@@ -100,11 +100,11 @@ class UnifiedInpaintPipeline(UnifiedPipeline):
         )
         self.check_generator(generator, len(prefix))
         redrawn_cells = cells.flatten(1).to(known.device)
-        watched = {"callback": callback_on_step_end, "callback_names": callback_on_step_end_tensor_inputs}
+        watched: dict[str, Any] = {"callback": callback_on_step_end, "callback_names": callback_on_step_end_tensor_inputs}
         if self.infills(infill, redrawn_cells):
             codes = self.fill_codes(prefix, guidance_scale, sampler, generator, known, redrawn_cells, **watched)
         else:
-            given = {"known_ids": known, "known_mask": ~redrawn_cells}
+            given: dict[str, Any] = {"known_ids": known, "known_mask": ~redrawn_cells}
             codes = self.draw_codes(prefix, guidance_scale, sampler, generator, **given, **watched)
         if keep_pixels and output_type != "latent":
             drawn = self.tokenizer.decode(codes).float()

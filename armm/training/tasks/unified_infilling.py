@@ -76,7 +76,8 @@ def holed_loss(
     index = torch.cat([prefix_index(model, condition).expand(len(tokens), -1), model.prefix_slots + cells], dim=1)
     mask = causal_mask(embeds.shape[1], embeds.shape[1], embeds.device)
     mask[:, : condition.bidirectional] = True
-    hidden = (trunk or model.trunk)(embeds, positions=model.positions_for(index), mask=mask)
+    output = (trunk or model.trunk)(embeds, positions=model.positions_for(index), mask=mask)
+    hidden = output[0] if isinstance(output, tuple) else output
     targets = batch["holed_targets"].flatten()
     wanted = targets != IGNORED
     logits = model.logits(hidden[:, condition.length - 1 :].flatten(0, 1)[wanted], low=first_code)
