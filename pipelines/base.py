@@ -22,6 +22,7 @@ from diffusers import DiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.video_processor import VideoProcessor
 
+from armm.decoding.guidance import Guidance
 from armm.hub import fetch_snapshot
 from tokenizers_visual.codes import Codes
 
@@ -46,6 +47,7 @@ class ARPipeline(DiffusionPipeline):
     generation_settings: ClassVar[dict[str, Any]] = {}
     model_cpu_offload_seq = "text_encoder->transformer->tokenizer"
     _optional_components: ClassVar[list[str]] = []
+    _guidance_scale: float
     _callback_tensor_inputs: ClassVar[list[str]] = ["latents"]
     # Module with `load_single_file(path, ...) -> dict` for files in their authors' own format. It sits above the
     # pipelines, so it is named here and imported when a file is read.
@@ -227,6 +229,20 @@ class ARPipeline(DiffusionPipeline):
             return {}
         replaced = callback(self, step, step, {name: tensors[name] for name in names})
         return replaced or {}
+
+    def after_step(
+        self, bar: Any, guidance: Guidance, callback: Callable[..., dict[str, Any]] | None, names: Sequence[str]
+    ) -> Callable[[int, torch.Tensor], torch.Tensor | None]:
+        """What a decoding strategy calls after each step with the ids so far: moves the bar on, calls the user's callback, takes
+        over a guidance scale that it set, and hands back the ids that it replaced."""
+
+        def step_end(step: int, ids: torch.Tensor) -> torch.Tensor | None:
+            bar.update()
+            replaced = self.step_end(callback, names, step, {"latents": ids})
+            guidance.scale = self._guidance_scale
+            return replaced.get("latents")
+
+        return step_end
 
     def make_output(
         self, codes: Codes, output_type: str = "pil", *, return_dict: bool = True, output_codes: bool = False

@@ -192,17 +192,7 @@ class ELMPipeline(ARPipeline):
         self.check_noise(noise, condition.batch, grid)
 
         with self.progress_bar(total=self._num_timesteps) as bar:
-
-            def after_step(step: int, ids: torch.Tensor) -> torch.Tensor | None:
-                bar.update()
-                if callback_on_step_end is None:
-                    return None
-                replaced = self.step_end(
-                    callback_on_step_end, callback_on_step_end_tensor_inputs, step, {"latents": ids}
-                )
-                guidance.scale = self._guidance_scale
-                return replaced.get("latents")
-
+            watch = self.after_step(bar, guidance, callback_on_step_end, callback_on_step_end_tensor_inputs)
             output = self.decoding(
                 self.transformer,
                 condition,
@@ -212,16 +202,12 @@ class ELMPipeline(ARPipeline):
                 noise=generator if noise is None else noise,
                 known_ids=known_ids,
                 known_mask=known_mask,
-                callback=after_step,
+                callback=watch,
                 interrupt=lambda: self._interrupt,
                 **options,
             )
         codes = Codes(ids=output.ids, grid=(1, *grid))
-        images = self.decode_codes_to_images(codes, output_type)
-        self.maybe_free_model_hooks()
-        if not return_dict:
-            return (images, codes) if output_codes else (images,)
-        return ARPipelineOutput(images=images, codes=codes if output_codes else None)
+        return self.make_output(codes, output_type, return_dict=return_dict, output_codes=output_codes)
 
     @torch.no_grad()
     def extend(

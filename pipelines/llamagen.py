@@ -240,17 +240,7 @@ class LlamaGenPipeline(T5PromptPipeline):
         self._num_timesteps = self.decoding.num_calls(grid)
 
         with self.progress_bar(total=self._num_timesteps) as bar:
-
-            def after_token(step: int, ids: torch.Tensor) -> torch.Tensor | None:
-                bar.update()
-                if callback_on_step_end is None:
-                    return None
-                replaced = self.step_end(
-                    callback_on_step_end, callback_on_step_end_tensor_inputs, step, {"latents": ids}
-                )
-                guidance.scale = self._guidance_scale
-                return replaced.get("latents")
-
+            watch = self.after_step(bar, guidance, callback_on_step_end, callback_on_step_end_tensor_inputs)
             output = self.decoding(
                 self.transformer,
                 condition,
@@ -261,7 +251,7 @@ class LlamaGenPipeline(T5PromptPipeline):
                 noise=generator if noise is None else noise,
                 known_ids=known_ids,
                 known_mask=known_mask,
-                callback=after_token,
+                callback=watch,
                 interrupt=lambda: self._interrupt,
             )
         codes = Codes(ids=output.ids, grid=grid if len(grid) == 3 else (1, *grid))  # type: ignore[arg-type]

@@ -166,13 +166,7 @@ class UnifiedPipeline(ARPipeline):
         condition = model.prefix_condition(prefix)
         null = model.prefix_condition(self.null_prefix(len(prefix))) if guidance.active else None
         with self.progress_bar(total=self._num_timesteps) as bar:
-
-            def step_end(step: int, ids: torch.Tensor) -> torch.Tensor | None:
-                bar.update()
-                replaced = self.step_end(callback, callback_names, step, {"latents": ids})
-                guidance.scale = self._guidance_scale
-                return replaced.get("latents")
-
+            watch = self.after_step(bar, guidance, callback, callback_names)
             output = self.decoding(
                 model,
                 condition,
@@ -184,7 +178,7 @@ class UnifiedPipeline(ARPipeline):
                 known_ids=known_ids,
                 known_mask=known_mask,
                 vocabulary=self.code_range,
-                callback=step_end,
+                callback=watch,
                 interrupt=lambda: self._interrupt,
             )
         return Codes(ids=output.ids, grid=(1, *grid))
@@ -210,13 +204,7 @@ class UnifiedPipeline(ARPipeline):
         null = model.prefix_condition(self.null_prefix(len(prefix))) if guidance.active else None
         self._num_timesteps = hole_layout(cells, len(self.words.holes)).num_calls
         with self.progress_bar(total=self._num_timesteps) as bar:
-
-            def step_end(step: int, ids: torch.Tensor) -> torch.Tensor | None:
-                bar.update()
-                replaced = self.step_end(callback, callback_names, step, {"latents": ids})
-                guidance.scale = self._guidance_scale
-                return replaced.get("latents")
-
+            watch = self.after_step(bar, guidance, callback, callback_names)
             output = fill_image(
                 model,
                 condition,
@@ -229,7 +217,7 @@ class UnifiedPipeline(ARPipeline):
                 sampler=sampler,
                 guidance=guidance,
                 noise=generator,
-                callback=step_end,
+                callback=watch,
                 interrupt=lambda: self._interrupt,
             )
         return Codes(ids=output.ids, grid=(1, *grid))
