@@ -158,7 +158,7 @@ class NextXDecoding(SchedulerMixin, ConfigMixin):
                     answered.append(values)
                 if len(values) == batch:
                     return values
-                if scale > 1.0:
+                if scale > 1.0 and time <= guidance.high:
                     return guidance.combine(values.to(x.dtype), entity, len(steps))
                 return values[:batch]
 
