@@ -36,6 +36,7 @@ PUBLIC_NAMES: dict[str, str] = {
     "NARPipeline": "pipelines.nar",
     "PARPipeline": "pipelines.par",
     "VARPipeline": "pipelines.var",
+    "XARPipeline": "pipelines.xar",
     "UnifiedTextToImagePipeline": "pipelines.unified_text_to_image",
     "UnifiedImageToTextPipeline": "pipelines.unified_image_to_text",
     "UnifiedInpaintPipeline": "pipelines.unified_inpaint",
@@ -44,6 +45,7 @@ PUBLIC_NAMES: dict[str, str] = {
     "PositionTable": "armm.nn.positions",
     "AutoregressiveModel": "armm.model",
     "NextScaleModel": "armm.next_scale_model",
+    "NextXModel": "armm.next_x_model",
     "Condition": "armm.condition",
     "CategoricalHead": "armm.heads.categorical",
     "AdaptiveHead": "armm.heads.adaptive",
@@ -59,6 +61,7 @@ PUBLIC_NAMES: dict[str, str] = {
     "ParallelGroupsDecoding": "armm.decoding.parallel_groups",
     "TokenShuffleDecoding": "armm.decoding.token_shuffle",
     "NextScaleDecoding": "armm.decoding.next_scale",
+    "NextXDecoding": "armm.decoding.next_x",
     "StepAnnealing": "armm.decoding.annealing",
     "DecodingOutput": "armm.decoding.base",
     # tokenizers

@@ -29,6 +29,7 @@ FAMILY_PIPELINES: dict[str, tuple[str, str]] = {
     "nar": ("pipelines.nar", "NARPipeline"),
     "par": ("pipelines.par", "PARPipeline"),
     "var": ("pipelines.var", "VARPipeline"),
+    "xar": ("pipelines.xar", "XARPipeline"),
 }
 _HUB_OPTIONS = ("revision", "cache_dir", "local_files_only", "force_download", "token")
 

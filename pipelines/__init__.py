@@ -15,6 +15,7 @@ _PUBLIC = {
     "NARPipeline": "pipelines.nar",
     "PARPipeline": "pipelines.par",
     "VARPipeline": "pipelines.var",
+    "XARPipeline": "pipelines.xar",
     "UnifiedTextToImagePipeline": "pipelines.unified_text_to_image",
     "UnifiedImageToTextPipeline": "pipelines.unified_image_to_text",
     "UnifiedInpaintPipeline": "pipelines.unified_inpaint",

@@ -27,6 +27,7 @@ FAMILIES: dict[str, str] = {
     "nar": "armm.convert.nar",
     "par": "armm.convert.par",
     "var": "armm.convert.var",
+    "xar": "armm.convert.xar",
 }
 
 __all__ = [

@@ -11,6 +11,7 @@ from armm.decoding.masked_tokens import MaskedTokenDecoding
 from armm.decoding.neighboring import NeighboringDecoding
 from armm.decoding.next_scale import NextScaleDecoding, NextScaleOutput, scale_masks
 from armm.decoding.next_token import NextTokenDecoding
+from armm.decoding.next_x import NextXDecoding, NextXOutput
 from armm.decoding.parallel_groups import ParallelGroupsDecoding
 from armm.decoding.sampling import NoiseSource, Sampler, top_k_filter, top_p_filter
 from armm.decoding.text import TextOutput, decode_text
@@ -24,6 +25,7 @@ DECODING_STRATEGIES: dict[str, Any] = {
     "parallel_groups": ParallelGroupsDecoding,
     "token_shuffle": TokenShuffleDecoding,
     "next_scale": NextScaleDecoding,
+    "next_x": NextXDecoding,
 }
 
 
@@ -52,6 +54,8 @@ __all__ = [
     "NextScaleDecoding",
     "NextScaleOutput",
     "NextTokenDecoding",
+    "NextXDecoding",
+    "NextXOutput",
     "NoiseSource",
     "ParallelGroupsDecoding",
     "Sampler",

@@ -1,6 +1,8 @@
-"""Embedders of conditions: class labels and captions, each with what stands for "no condition"."""
+"""Embedders of conditions: class labels and captions, each with what stands for "no condition"; and of times."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -40,3 +42,20 @@ class CaptionEmbedding(nn.Module):
     def null(self, batch: int) -> Tensor:
         """The empty caption for `batch` rows: [batch, T, D]."""
         return self(self.null_embedding).expand(batch, -1, -1)
+
+
+class TimeEmbedding(nn.Module):
+    """Indices of time steps [...] -> [..., D]: a sinusoid of `frequencies` numbers (cosines, then sines), then two layers."""
+
+    def __init__(self, dim: int, frequencies: int = 256, theta: float = 10000.0) -> None:
+        super().__init__()
+        self.frequencies, self.theta = frequencies, theta
+        self.fc1 = nn.Linear(frequencies, dim)
+        self.fc2 = nn.Linear(dim, dim)
+
+    def forward(self, index: Tensor) -> Tensor:
+        half = self.frequencies // 2
+        exponent = torch.arange(half, dtype=torch.float32, device=index.device) / half
+        angles = index[..., None].float() * torch.exp(-math.log(self.theta) * exponent)
+        table = torch.cat([angles.cos(), angles.sin()], dim=-1)
+        return self.fc2(F.silu(self.fc1(table.to(self.fc1.weight.dtype))))

@@ -31,24 +31,38 @@ class BlockModulation(nn.Module):
     """The six modulation tensors of a block, by name.
 
     kind "block": the block owns a Linear of the condition [B, C] or [B, N, C]. kind "shared": the condition is already
-    the shared [B, 1 or N, 6 * dim], to which the block adds its own learned rows.
+    the shared [B, 1 or N, 6 * dim], to which the block adds its own learned rows. kind "branches": a Linear for each
+    branch, the condition is a pair (attention's, feed-forward's).
     """
 
     def __init__(self, kind: str, condition_dim: int, dim: int, order: Sequence[str] = NAMES) -> None:
         super().__init__()
         if sorted(order) != sorted(NAMES):
             raise ValueError(f"modulation_order must be an order of {NAMES}, got {list(order)}")
-        if kind not in ("block", "shared"):
-            raise ValueError(f"modulation must be None, 'block' or 'shared', got {kind!r}")
+        if kind not in ("block", "shared", "branches"):
+            raise ValueError(f"modulation must be None, 'block', 'shared' or 'branches', got {kind!r}")
         self.kind = kind
+        if kind == "branches":
+            order = [name for branch in "12" for name in order if name.endswith(branch)]
         self.indices = [list(order).index(name) for name in NAMES]
         if kind == "block":
             self.projection = Modulation(condition_dim, dim)
+        elif kind == "branches":
+            self.projections = nn.ModuleList(Modulation(condition_dim, dim, chunks=3) for _ in range(2))
         else:
             self.table = nn.Parameter(torch.zeros(len(NAMES), dim))
 
-    def forward(self, condition: Tensor) -> list[Tensor]:
-        """-> [shift1, scale1, gate1, shift2, scale2, gate2], each [B, 1 or N, dim]."""
-        values = self.projection(condition) if self.kind == "block" else condition + self.table.flatten()
-        chunks = values.chunk(len(NAMES), dim=-1)
+    def forward(self, condition: Tensor | tuple[Tensor, Tensor], segments: Tensor | None = None) -> list[Tensor]:
+        """-> [shift1, scale1, gate1, shift2, scale2, gate2], each [B, 1 or N, dim].
+
+        segments: [N], the condition is [B, S, C] and token n follows its row `segments[n]`.
+        """
+        if self.kind == "branches":
+            pairs = zip(self.projections, condition, strict=True)
+            chunks = [chunk for projection, part in pairs for chunk in projection(part).chunk(3, dim=-1)]
+        else:
+            values = self.projection(condition) if self.kind == "block" else condition + self.table.flatten()
+            chunks = list(values.chunk(len(NAMES), dim=-1))
+        if segments is not None:
+            chunks = [chunk.index_select(1, segments) for chunk in chunks]
         return [chunks[i] for i in self.indices]

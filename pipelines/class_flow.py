@@ -1,0 +1,135 @@
+"""What the pipelines share that make pictures of classes out of continuous tokens by flow matching."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import PIL.Image
+import torch
+from diffusers import DiffusionPipeline
+
+from armm.decoding.acceleration import Acceleration
+from armm.decoding.annealing import StepAnnealing
+from armm.decoding.guidance import Guidance
+from tokenizers_visual.codes import Codes
+from tokenizers_visual.kl_tokenizer import KLTokenizer
+
+from .base import ARPipeline
+from .imagenet import class_indices
+from .outputs import ARPipelineOutput
+
+__all__ = ["ClassFlowPipeline", "DiffusionPipeline"]
+
+
+class ClassFlowPipeline(ARPipeline):
+    """Base of class-conditional pipelines over a `KLTokenizer`. Subclasses name the classes of their components.
+
+    Class attributes:
+        min_flow_steps: the smallest number of steps of the solver.
+    """
+
+    model_cpu_offload_seq = "transformer->tokenizer"
+    generation_settings: ClassVar[dict[str, Any]] = {"guidance_scale": 2.0, "guidance_high": 1.0, "num_flow_steps": 50}
+    min_flow_steps: ClassVar[int] = 1
+    _accelerations: ClassVar[tuple[type[Acceleration], ...]] = (StepAnnealing,)
+
+    def register_components(
+        self, tokenizer: KLTokenizer, transformer: Any, decoding: Any, generation_config: dict | None
+    ) -> None:
+        """Registers the components; a ValueError unless tokenizer and transformer belong together."""
+        if tokenizer is not None and transformer is not None:
+            width = transformer.latent_channels
+            if tokenizer.is_discrete:
+                raise ValueError(
+                    f"`tokenizer` is a {type(tokenizer).__name__}, whose codes are discrete: this transformer makes latents of "
+                    f"{width} channels; give the continuous tokenizer it was trained with (KL-16)."
+                )
+            if tokenizer.latent_channels != width:
+                raise ValueError(
+                    f"`tokenizer` has latents of {tokenizer.latent_channels} channels, the transformer makes {width}: they do not "
+                    "belong together; give the tokenizer that the transformer was trained with (KL-16)."
+                )
+        self.register_modules(tokenizer=tokenizer, transformer=transformer, decoding=decoding)
+        self.register_generation_config(generation_config)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(height, width) of a picture in tokens."""
+        return self.transformer.grid
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) of the images in pixels."""
+        height, width = self.grid
+        return (height * self.tokenizer.downsample, width * self.tokenizer.downsample)
+
+    def generate(
+        self,
+        class_labels: Any,
+        *,
+        num_images_per_prompt: int,
+        generator: torch.Generator | list[torch.Generator] | None,
+        noise: Sequence[torch.Tensor] | None,
+        output_type: str,
+        return_dict: bool,
+        output_codes: bool,
+        callback_on_step_end: Callable[..., dict[str, Any]] | None,
+        callback_on_step_end_tensor_inputs: Sequence[str],
+        **given: Any,
+    ) -> ARPipelineOutput | tuple[list[PIL.Image.Image] | np.ndarray | torch.Tensor, ...]:
+        """A call of the pipeline; `given` are its settings."""
+        self.check_output_type(output_type)
+        self.check_callback_inputs(callback_on_step_end_tensor_inputs)
+        self.check_number("num_images_per_prompt", num_images_per_prompt, low=1, integer=True)
+        settings = self.check_settings(**given)
+        device = self._execution_device
+        classes = self.transformer.num_classes
+        labels = [label for label in class_indices(class_labels, classes) for _ in range(num_images_per_prompt)]
+        batch = len(labels)
+        self.check_generator(generator, batch)
+
+        self._guidance_scale = settings["guidance_scale"]
+        self._interrupt = False
+        num_steps = settings["num_flow_steps"]
+        annealing = self.annealing(None if given.get("num_flow_steps") is None else num_steps)
+        steps = self.decoding.steps(self.grid, num_steps, annealing)
+        self._num_timesteps = len(steps)
+        if min(steps) < self.min_flow_steps:
+            raise ValueError(
+                f"`num_flow_steps` must be at least {self.min_flow_steps} for {type(self).__name__}, got {min(steps)}"
+                + (f" from {annealing}." if annealing is not None else ".")
+            )
+        guidance = Guidance(self._guidance_scale, schedule="linear", high=settings["guidance_high"])
+        condition = self.transformer.condition(torch.tensor(labels, device=device))
+        null_condition = self.transformer.null_condition(batch) if guidance.active else None
+        with self.progress_bar(total=self._num_timesteps) as bar:
+            output = self.decoding(
+                self.transformer,
+                condition,
+                null_condition,
+                grid=self.grid,
+                num_steps=num_steps,
+                annealing=annealing,
+                guidance=guidance,
+                noise=generator if noise is None else noise,
+                callback=self.after_step(bar, guidance, callback_on_step_end, callback_on_step_end_tensor_inputs),
+                interrupt=lambda: self._interrupt,
+            )
+        codes = Codes(latents=output.latents, grid=(1, *self.grid))
+        return self.make_output(codes, output_type, return_dict=return_dict, output_codes=output_codes)
+
+    def annealing(self, num_flow_steps: int | None) -> StepAnnealing | None:
+        """The step annealing that is enabled, unless the call itself says how many steps it takes."""
+        found = self.acceleration if num_flow_steps is None else None
+        return found if isinstance(found, StepAnnealing) else None
+
+    def check_settings(self, **given: Any) -> dict[str, Any]:
+        """The settings of a call: the given ones, else the checkpoint's; out-of-range values are a ValueError."""
+        settings = {name: self.setting(name, value) for name, value in given.items()}
+        self.check_number("guidance_scale", settings["guidance_scale"], low=0.0)
+        self.check_number("guidance_high", settings["guidance_high"], low=0.0, high=1.0)
+        self.check_number("num_flow_steps", settings["num_flow_steps"], low=self.min_flow_steps, integer=True)
+        settings["num_flow_steps"] = int(settings["num_flow_steps"])  # numpy integers are welcome
+        return settings
