@@ -67,6 +67,7 @@ PUBLIC_NAMES: dict[str, str] = {
     # tokenizers
     "Codes": "tokenizers_visual.codes",
     "VisualTokenizer": "tokenizers_visual.base",
+    "KLTokenizer": "tokenizers_visual.kl_tokenizer",
     "LARPTokenizer": "tokenizers_visual.larp",
     "VQTokenizer": "tokenizers_visual.vq_tokenizer",
     "BinaryTokenizer": "tokenizers_visual.binary_tokenizer",
