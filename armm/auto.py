@@ -30,6 +30,7 @@ FAMILY_PIPELINES: dict[str, tuple[str, str]] = {
     "par": ("pipelines.par", "PARPipeline"),
     "var": ("pipelines.var", "VARPipeline"),
     "xar": ("pipelines.xar", "XARPipeline"),
+    "flowar": ("pipelines.flowar", "FlowARPipeline"),
 }
 _HUB_OPTIONS = ("revision", "cache_dir", "local_files_only", "force_download", "token")
 

@@ -98,14 +98,7 @@ class NextXModel(TrunkModel):
     @apply_forward_hook
     def condition(self, labels: Tensor) -> Condition:
         """Class `labels` [B] -> what the model is conditioned on; label `num_classes` is no class."""
-        classes = self.num_classes
-        weight = self.class_embedding.embedding.weight
-        labels = torch.as_tensor(labels, device=weight.device)
-        if labels.dim() != 1 or labels.dtype.is_floating_point or labels.dtype == torch.bool:
-            raise ValueError(f"labels must be a vector of integers, got {labels.dtype} of shape {tuple(labels.shape)}")
-        if labels.numel() and (int(labels.min()) < 0 or int(labels.max()) > classes):
-            raise ValueError(f"labels must lie in 0 .. {classes - 1} ({classes} is the null class), got {labels.tolist()}")
-        return self._without_text(self.class_embedding(labels.long())[:, 0])
+        return self._without_text(self.class_embedding(self.class_embedding.checked(labels))[:, 0])
 
     @apply_forward_hook
     def caption_condition(self, ids: Tensor, mask: Tensor | None = None) -> Condition:

@@ -16,6 +16,7 @@ _PUBLIC = {
     "PARPipeline": "pipelines.par",
     "VARPipeline": "pipelines.var",
     "XARPipeline": "pipelines.xar",
+    "FlowARPipeline": "pipelines.flowar",
     "UnifiedTextToImagePipeline": "pipelines.unified_text_to_image",
     "UnifiedImageToTextPipeline": "pipelines.unified_image_to_text",
     "UnifiedInpaintPipeline": "pipelines.unified_inpaint",

@@ -11,7 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from armm.decoding.acceleration import Acceleration
-from armm.decoding.annealing import StepAnnealing
+from armm.decoding.annealing import StepAnnealing, solver_steps
 from armm.decoding.guidance import Guidance
 from tokenizers_visual.codes import Codes
 from tokenizers_visual.kl_tokenizer import KLTokenizer
@@ -60,6 +60,11 @@ class ClassFlowPipeline(ARPipeline):
         return self.transformer.grid
 
     @property
+    def num_entities(self) -> int:
+        """How many entities a picture is made of, one after the other."""
+        raise NotImplementedError
+
+    @property
     def image_size(self) -> tuple[int, int]:
         """(height, width) of the images in pixels."""
         height, width = self.grid
@@ -94,7 +99,7 @@ class ClassFlowPipeline(ARPipeline):
         self._interrupt = False
         num_steps = settings["num_flow_steps"]
         annealing = self.annealing(None if given.get("num_flow_steps") is None else num_steps)
-        steps = self.decoding.steps(self.grid, num_steps, annealing)
+        steps = solver_steps(self.num_entities, num_steps, annealing)
         self._num_timesteps = len(steps)
         if min(steps) < self.min_flow_steps:
             raise ValueError(
@@ -109,7 +114,6 @@ class ClassFlowPipeline(ARPipeline):
                 self.transformer,
                 condition,
                 null_condition,
-                grid=self.grid,
                 num_steps=num_steps,
                 annealing=annealing,
                 guidance=guidance,

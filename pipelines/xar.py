@@ -58,6 +58,11 @@ class XARPipeline(ClassFlowPipeline):
         super().__init__()
         self.register_components(tokenizer, transformer, decoding, generation_config)
 
+    @property
+    def num_entities(self) -> int:
+        """How many entities a picture is made of, one after the other."""
+        return len(self.decoding.plan(self.grid).sizes)
+
     @torch.no_grad()
     @replace_example_docstring(EXAMPLE_DOC_STRING)
     def __call__(

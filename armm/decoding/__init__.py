@@ -10,6 +10,7 @@ from armm.decoding.guidance import Guidance
 from armm.decoding.masked_tokens import MaskedTokenDecoding
 from armm.decoding.neighboring import NeighboringDecoding
 from armm.decoding.next_scale import NextScaleDecoding, NextScaleOutput, scale_masks
+from armm.decoding.next_scale_flow import NextScaleFlowDecoding, NextScaleFlowOutput
 from armm.decoding.next_token import NextTokenDecoding
 from armm.decoding.next_x import NextXDecoding, NextXOutput
 from armm.decoding.parallel_groups import ParallelGroupsDecoding
@@ -25,6 +26,7 @@ DECODING_STRATEGIES: dict[str, Any] = {
     "parallel_groups": ParallelGroupsDecoding,
     "token_shuffle": TokenShuffleDecoding,
     "next_scale": NextScaleDecoding,
+    "next_scale_flow": NextScaleFlowDecoding,
     "next_x": NextXDecoding,
 }
 
@@ -52,6 +54,8 @@ __all__ = [
     "MaskedTokenDecoding",
     "NeighboringDecoding",
     "NextScaleDecoding",
+    "NextScaleFlowDecoding",
+    "NextScaleFlowOutput",
     "NextScaleOutput",
     "NextTokenDecoding",
     "NextXDecoding",

@@ -12,7 +12,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 from armm.condition import Condition, concatenate
-from armm.decoding.annealing import StepAnnealing
+from armm.decoding.annealing import StepAnnealing, solver_steps
 from armm.decoding.base import check_guided, wake
 from armm.decoding.entities import EntityPlan
 from armm.decoding.guidance import Guidance
@@ -71,8 +71,7 @@ class NextXDecoding(SchedulerMixin, ConfigMixin):
 
     def steps(self, grid: Sequence[int], num_steps: int = 50, annealing: StepAnnealing | None = None) -> list[int]:
         """Steps of the solver for every entity."""
-        count = len(self.plan(grid).sizes)
-        return [num_steps] * count if annealing is None else annealing.table(count)
+        return solver_steps(len(self.plan(grid).sizes), num_steps, annealing)
 
     def num_calls(self, grid: Sequence[int], num_steps: int = 50, annealing: StepAnnealing | None = None) -> int:
         """Calls of the trunk for a picture."""
