@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +21,7 @@ from armm.decoding.solvers.noise import GaussianNoise
 
 if TYPE_CHECKING:
     from armm.next_scale_flow_model import NextScaleFlowModel
+    from armm.nn.positions import PositionTable
 
 __all__ = ["NextScaleFlowDecoding", "NextScaleFlowOutput", "SchedulerMixin", "next_map", "teacher_maps"]
 
@@ -128,21 +130,9 @@ class NextScaleFlowDecoding(SchedulerMixin, ConfigMixin):
             features = model.features(hidden, start)
             head_positions = model.head.positions(places[start : start + size])
             scale = guidance.scale_at(step, len(scales)) if guided and guidance is not None else 1.0
-            index = time_index(self.solver.times(count)).to(device)
-
-            def velocity(x: Tensor, call: int, time: float) -> Tensor:
-                now, x = index[call : call + 1], x.float()
-                if scale <= 1.0 or time > guidance.high:
-                    return model.head(x, now, features[:batch], head_positions)
-                return guidance.combine(model.head(torch.cat([x, x]), now, features, head_positions), step, len(scales))
-
-            drawn_noise = noise.draw(size, model.latent_channels)
-            tokens = self.solver(
-                velocity,
-                drawn_noise,
-                num_steps=count,
-                step_noise=lambda call: noise.draw(size, model.latent_channels),
-            )
+            combine = partial(guidance.combine, step=step, steps=len(scales)) if scale > 1.0 and guidance else None
+            high = guidance.high if guidance is not None else 1.0
+            tokens = self._draw(model, features, head_positions, count, noise, combine, high)
             output.num_calls += 1
             output.head_calls += self.solver.num_calls(count)
             output.steps = step + 1
@@ -159,6 +149,29 @@ class NextScaleFlowDecoding(SchedulerMixin, ConfigMixin):
         if output.steps:
             output.latents = tokens if output.steps == len(scales) else next_map(tokens, finest, finest)
         return output
+
+    def _draw(
+        self,
+        model: NextScaleFlowModel,
+        features: Tensor,
+        positions: PositionTable,
+        steps: int,
+        noise: GaussianNoise,
+        combine: Callable[[Tensor], Tensor] | None,
+        high: float,
+    ) -> Tensor:
+        """The next map [B, n, C] from features [rows, n, D]. combine: the guidance of flow times up to `high`."""
+        batch, shape = noise.batch, (features.shape[1], model.latent_channels)
+        index = time_index(self.solver.times(steps)).to(noise.device)
+
+        def velocity(x: Tensor, call: int, time: float) -> Tensor:
+            now, state = index[call : call + 1], x.float()
+            if combine is None or time > high:
+                return model.head(state, now, features[:batch], positions)
+            return combine(model.head(torch.cat([state, state]), now, features, positions).to(x.dtype))
+
+        start = noise.draw(*shape)
+        return self.solver(velocity, start, num_steps=steps, step_noise=lambda call: noise.draw(*shape))
 
 
 def _check(model: NextScaleFlowModel, condition: Tensor, null_condition: Tensor | None) -> None:

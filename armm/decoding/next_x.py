@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -145,34 +146,13 @@ class NextXDecoding(SchedulerMixin, ConfigMixin):
                 break
             stop = start + size
             scale = guidance.scale_at(entity, len(steps)) if guided and guidance is not None else 1.0
+            # before anything is in the cache, null rows that do not guide are not needed
             stream.begin(tokens[:, :start], size, scale > 1.0 or entity > 0 or words > 0)
-            index = time_index(self.solver.times(count)).to(device)
-            asked: list[Tensor] = []
-            answered: list[Tensor] = []
-
-            def velocity(x: Tensor, call: int, time: float) -> Tensor:
-                values = stream(x, index[call : call + 1])
-                if record:
-                    asked.append(x)
-                    answered.append(values)
-                if len(values) == batch:
-                    return values
-                if scale > 1.0 and time <= guidance.high:
-                    return guidance.combine(values.to(x.dtype), entity, len(steps))
-                return values[:batch]
-
-            drawn = self.solver(
-                velocity,
-                noise.draw(size, channels),
-                num_steps=count,
-                step_noise=lambda step: noise.draw(size, channels),
-            )
-            tokens[:, start:stop] = drawn
+            combine = partial(guidance.combine, step=entity, steps=len(steps)) if scale > 1.0 and guidance else None
+            high = guidance.high if guidance is not None else 1.0
+            tokens[:, start:stop] = self._draw(stream, count, noise, combine, high, output)
             output.num_calls += self.solver.num_calls(count)
             output.steps = entity + 1
-            if record:
-                output.states.append(torch.stack(asked))
-                output.velocities.append(torch.stack(answered))
             if callback is not None:
                 replacement = callback(entity, _picture(plan, tokens, stop))
                 if replacement is not None:
@@ -181,6 +161,37 @@ class NextXDecoding(SchedulerMixin, ConfigMixin):
             start = stop
         output.latents = _picture(plan, tokens, start)
         return output
+
+    def _draw(
+        self,
+        stream: _EntityStream,
+        steps: int,
+        noise: GaussianNoise,
+        combine: Callable[[Tensor], Tensor] | None,
+        high: float,
+        output: NextXOutput,
+    ) -> Tensor:
+        """The next entity [B, n, C]. combine: the guidance of flow times up to `high`. What `output` records is appended."""
+        batch, shape = noise.batch, (stream.size, stream.model.latent_channels)
+        index = time_index(self.solver.times(steps)).to(noise.device)
+        asked: list[Tensor] = []
+        answered: list[Tensor] = []
+
+        def velocity(x: Tensor, call: int, time: float) -> Tensor:
+            values = stream(x, index[call : call + 1])
+            if output.states is not None:
+                asked.append(x)
+                answered.append(values)
+            if combine is None or time > high:
+                return values[:batch]
+            return combine(values.to(x.dtype))
+
+        start = noise.draw(*shape)
+        drawn = self.solver(velocity, start, num_steps=steps, step_noise=lambda step: noise.draw(*shape))
+        if output.states is not None and output.velocities is not None:
+            output.states.append(torch.stack(asked))
+            output.velocities.append(torch.stack(answered))
+        return drawn
 
 
 def _picture(plan: EntityPlan, tokens: Tensor, done: int) -> Tensor:
