@@ -14,6 +14,7 @@ from armm.condition import Condition
 from armm.decoding import Guidance, NextScaleFlowDecoding, NextXDecoding
 from armm.decoding.annealing import StepAnnealing
 from armm.decoding.entities import ENTITIES, EntityPlan
+from armm.decoding.next_scale_flow import next_map
 from armm.decoding.solvers.flow import FlowSolver, time_index
 from armm.decoding.solvers.noise import GaussianNoise
 from armm.next_x_model import NextXModel
@@ -309,8 +310,8 @@ def test_the_loss_sees_earlier_entities_as_noisy_as_they_are(entity, size):
         start, stop = stop, stop + count
         index = time_index(times[:, : entity_number + 1])
         velocity = decoding.velocities(model, condition, noisy[:, :stop], index, plan)[:, start:]
-        total += float((velocity - (noise - clean)[:, start:stop]).square().sum())
-    assert math.isclose(float(loss), total / noise.numel(), rel_tol=1e-4)
+        total += float((velocity - (noise - clean)[:, start:stop]).detach().square().sum())
+    assert math.isclose(loss.item(), total / noise.numel(), rel_tol=1e-4)
     loss.backward()
     silent = [name for name, parameter in model.named_parameters() if parameter.grad is None or not parameter.grad.any()]
     assert silent in ([], ["trunk.blocks.0.attention.to_k.bias", "trunk.blocks.1.attention.to_k.bias"])
@@ -351,8 +352,6 @@ def test_the_features_are_those_of_one_pass_without_a_cache(cross):
     model = tiny_flowar(cross)
     condition = model.condition(torch.tensor([4]))
     out = NextScaleFlowDecoding()(model, condition, num_steps=3, noise=torch.Generator().manual_seed(2), record=True)
-    from armm.decoding.next_scale_flow import next_map
-
     inputs = [next_map(tokens, side, 4) for tokens, side in zip(out.tokens, (2, 4), strict=False)]
     expected = model(torch.cat(inputs, dim=1), condition)
     assert torch.allclose(torch.cat(out.features, dim=1), expected, atol=1e-4)
