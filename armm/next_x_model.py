@@ -31,8 +31,7 @@ class NextXModel(TrunkModel):
         latent_channels: width of a continuous token.
         grid: (height, width) of the pictures it was trained on; the default of decoding.
         num_classes: of the condition; class `num_classes` stands for "no class".
-        vocab_size, text_length: words and their largest number, for models of captions; 0 is none. The word `vocab_size` stands for
-            "no caption".
+        vocab_size, text_length: words and their largest number, for models of captions; 0 is none.
         transformer: keyword arguments of `ARTransformer`; `modulation` ("block") and `input_norm` are filled in. With
             `learned_positions`, row i belongs to cell i of the grid in raster order; tokens of coarser scales and words follow.
             With three `rotary_axes`, they are (order of the word, row, column), else (row, column).
@@ -73,7 +72,7 @@ class NextXModel(TrunkModel):
         dim = self.trunk.dim
         self.latent_projection = nn.Linear(latent_channels, dim)
         self.class_embedding = LabelEmbedding(num_classes, dim)
-        self.text_embedding = nn.Embedding(vocab_size + 1, dim) if vocab_size else None
+        self.text_embedding = nn.Embedding(vocab_size, dim) if vocab_size else None
         self.time_embedding = TimeEmbedding(dim)
         self.head = ContinuousHead(dim, latent_channels)
         self.gradient_checkpointing = False
@@ -91,7 +90,7 @@ class NextXModel(TrunkModel):
 
     @property
     def vocab_size(self) -> int:
-        return 0 if self.text_embedding is None else self.text_embedding.num_embeddings - 1
+        return 0 if self.text_embedding is None else self.text_embedding.num_embeddings
 
     # Inputs.
 
@@ -111,11 +110,8 @@ class NextXModel(TrunkModel):
         return Condition(self.text_embedding(ids), mask, bidirectional=ids.shape[1], vector=vector)
 
     @apply_forward_hook
-    def null_condition(self, batch: int, length: int = 0) -> Condition:
-        """What stands for "no class", or for a caption of `length` words "no caption", in `batch` rows."""
-        if length:
-            ids = torch.full((batch, length), self.vocab_size, device=self.class_embedding.embedding.weight.device)
-            return self.caption_condition(ids)
+    def null_condition(self, batch: int) -> Condition:
+        """What stands for "no class" in `batch` rows."""
         return self._without_text(self.class_embedding.null(batch)[:, 0])
 
     def _without_text(self, vector: Tensor) -> Condition:

@@ -15,7 +15,7 @@ from armm.decoding.next_scale_flow import NextScaleFlowDecoding
 from armm.next_scale_flow_model import NextScaleFlowModel
 from tokenizers_visual.kl_tokenizer import KLTokenizer
 
-from .class_flow import ClassFlowPipeline
+from .flow import FlowPipeline
 from .outputs import ARPipelineOutput
 
 __all__ = ["DiffusionPipeline", "FlowARPipeline"]
@@ -25,16 +25,16 @@ EXAMPLE_DOC_STRING = """
         ```py
         >>> import armm
 
-        >>> pipe = armm.pipeline("flowar-s")
+        >>> pipe = armm.pipeline("flowar-small-256")
         >>> images = pipe(class_labels=[207, "red fox"], guidance_scale=4.3).images
 
         >>> pipe = armm.FlowARPipeline.from_single_file("FlowAR-S.pth", tokenizer="kl16.ckpt")
-        >>> pipe.enable_acceleration(armm.StepAnnealing.preset("flowar-small"))
+        >>> pipe.enable_acceleration(armm.StepAnnealing.preset("flowar-small-256"))
         ```
 """
 
 
-class FlowARPipeline(ClassFlowPipeline):
+class FlowARPipeline(FlowPipeline):
     """Generation with a FlowAR transformer, map by map, each twice as fine as the one before.
 
     Args:
@@ -68,6 +68,7 @@ class FlowARPipeline(ClassFlowPipeline):
         self,
         class_labels: int | str | Sequence[int | str] | torch.Tensor,
         guidance_scale: float | None = None,
+        guidance_schedule: str | None = None,
         guidance_high: float | None = None,
         num_flow_steps: int | None = None,
         num_images_per_prompt: int = 1,
@@ -85,8 +86,9 @@ class FlowARPipeline(ClassFlowPipeline):
 
         Args:
             class_labels (`int`, `str` or `list`): classes by number or, for ImageNet models, by name.
-            guidance_scale (`float`, *optional*): classifier-free guidance; it grows linearly from 1 at the first map to this
-                value at the last. 1 is off.
+            guidance_scale (`float`, *optional*): classifier-free guidance, reached at the last map; 1 is off.
+            guidance_schedule (`str`, *optional*): how it grows to that from 1 at the first: `"linear"` (the authors'),
+                `"constant"` and the others of `armm.Guidance`.
             guidance_high (`float`, *optional*): flow times above it are not guided; 1 guides all.
             num_flow_steps (`int`, *optional*, at least 2): steps of the solver for each map, each one call of the flow head.
                 Overrides step annealing.
@@ -110,6 +112,7 @@ class FlowARPipeline(ClassFlowPipeline):
         return self.generate(
             class_labels,
             guidance_scale=guidance_scale,
+            guidance_schedule=guidance_schedule,
             guidance_high=guidance_high,
             num_flow_steps=num_flow_steps,
             num_images_per_prompt=num_images_per_prompt,

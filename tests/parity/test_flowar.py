@@ -95,7 +95,9 @@ INPUTS = {"labels", "latent_grid", "train_flow_x", "train_flow_t"}
 def test_every_recorded_array_is_reproduced(case):
     found = list(checks(case, load(case)))
     assert not all_problems(iter(found))
-    unchecked = {name for name in set(case.io) - {check.name for check in found} - INPUTS if not name.endswith("init_noise")}
+    unchecked = {
+        name for name in set(case.io) - {check.name for check in found} - INPUTS if not name.endswith("init_noise")
+    }
     assert not unchecked, f"arrays of the case that are not checked: {unchecked}"
 
 
@@ -117,7 +119,9 @@ def cannot_matter(name: str) -> str | None:
 @pytest.mark.parametrize("case", CASES)
 def test_scaling_any_tensor_by_a_twentieth_is_noticed(case):
     state, model = load_state_dict(case.path / case.config["checkpoint_file"]), load(case)
-    layers = [len({name.split(".")[1] for name in state if name.startswith(stack)}) for stack in ("encoder_b", "decoder_b")]
+    layers = [
+        len({name.split(".")[1] for name in state if name.startswith(stack)}) for stack in ("encoder_b", "decoder_b")
+    ]
     table, parameters = rules(*layers), model.state_dict()
     unnoticed = []
     for name, tensor in state.items():
@@ -147,7 +151,9 @@ def test_the_tensors_of_every_published_size_are_reproduced(path):
     assert model.scales == (1, 2, 4, 8, 16)
 
 
-@pytest.mark.parametrize("path", sorted((parity_root() / "disa").glob("schedules/schedules.json")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted((parity_root() / "disa").glob("schedules/schedules.json")), ids=lambda path: path.stem
+)
 def test_annealed_times_are_exact(path):
     for facts in json.loads(path.read_text(encoding="utf-8"))["flowar"].values():
         solver = FlowSolver(grid="dense_end")

@@ -184,7 +184,9 @@ def cannot_matter(name: str) -> str | None:
 def test_scaling_any_tensor_by_a_twentieth_is_noticed(case):
     state = load_state_dict(case.path / case.config["checkpoint_file"])
     model, decoding = load(case)
-    layers = [len({name.split(".")[1] for name in state if name.startswith(stack)}) for stack in ("encoder_b", "decoder_b")]
+    layers = [
+        len({name.split(".")[1] for name in state if name.startswith(stack)}) for stack in ("encoder_b", "decoder_b")
+    ]
     table, context = rules(*layers), {"order": decoding.plan(model.grid).index}
     parameters = model.state_dict()
     unnoticed = []
