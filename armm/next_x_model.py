@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from diffusers.configuration_utils import register_to_config
@@ -158,11 +158,12 @@ class NextXModel(TrunkModel):
         positions: PositionTable,
         segments: Tensor,
         mask: Tensor | None = None,
+        trunk: Callable[..., Tensor] | None = None,
     ) -> Tensor:
         """Velocities [B, N, C] of noisy tokens `latents` [B, N, C], all entities in one pass; see `NextXDecoding.velocities`.
 
         index: of the entities' times [B, E]. positions: of words and tokens. segments: [N], the entity of every token. mask: bool,
-        [T + N, T + N] or [B, 1, T + N, T + N].
+        [T + N, T + N] or [B, 1, T + N, T + N]. trunk: a compiled form of the model's.
         """
         words = condition.length
         embeds = torch.cat([condition.embeds, self.embed(latents)], dim=1)
@@ -170,5 +171,6 @@ class NextXModel(TrunkModel):
             index = torch.nn.functional.pad(index.expand(len(latents), -1), (1, 0))
             segments = torch.nn.functional.pad(segments + 1, (words, 0))
         modulation = self.modulation(condition.vector, index.expand(len(latents), -1))
-        hidden = self.trunk(embeds, positions=positions, mask=mask, modulation=modulation, segments=segments)
+        run = trunk or self.trunk
+        hidden = run(embeds, positions=positions, mask=mask, modulation=modulation, segments=segments)
         return self.velocity(hidden[:, words:])

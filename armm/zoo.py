@@ -236,7 +236,16 @@ def _flowar(name: str, parameters: float, preset: dict[str, Any], figures: dict[
 
 
 _CONTINUOUS_ENTRIES = (
-    ZooEntry("kl16", family="kl", task="tokenizer", repo="jadechoghari/mar", file="kl16.ckpt", parameters=66.5, licence="MIT", paper="2406.11838"),
+    ZooEntry(
+        "kl16",
+        family="kl",
+        task="tokenizer",
+        repo="jadechoghari/mar",
+        file="kl16.ckpt",
+        parameters=66.5,
+        licence="MIT",
+        paper="2406.11838",
+    ),
     _xar("base", 172.6, 2.7, 40),
     _xar("large", 608.4, 2.3, 50),
     _xar("huge", 1186.0, 2.2, 50, {_FID: 1.24}),

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from armm.condition import Condition, concatenate
 from armm.decoding.annealing import StepAnnealing, solver_steps
-from armm.decoding.base import check_guided, wake
+from armm.decoding.base import Trunk, check_guided, wake
 from armm.decoding.entities import EntityPlan
 from armm.decoding.guidance import Guidance
 from armm.decoding.solvers.flow import FlowSolver, time_index
@@ -86,12 +86,13 @@ class NextXDecoding(SchedulerMixin, ConfigMixin):
         index: Tensor,
         plan: EntityPlan,
         positions: PositionTable | None = None,
+        trunk: Trunk | None = None,
     ) -> Tensor:
         """Velocities [B, M, C] of noisy tokens, in one pass without a cache: an entity sees itself and those before it, noisy as
         they are (Noisy Context Learning, section 3.3).
 
         tokens: [B, M, C], the first E entities of `plan`. index: of their times, [E] or [B, E]. positions: the table of the whole
-        plan, to spare making it.
+        plan, to spare making it. trunk: a compiled form of the model's.
         """
         words, length = condition.length, tokens.shape[1]
         if positions is None:
@@ -99,7 +100,7 @@ class NextXDecoding(SchedulerMixin, ConfigMixin):
         segments = plan.segments(tokens.device)[:length]
         index = index.to(tokens.device).expand(len(tokens), -1)
         mask = _visible(segments, condition)
-        return model(tokens, index, condition, positions[: words + length], segments, mask)
+        return model(tokens, index, condition, positions[: words + length], segments, mask, trunk)
 
     @torch.no_grad()
     def __call__(

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from armm.condition import Condition
+from armm.decoding.base import Trunk
 from armm.decoding.next_x import NextXDecoding
 from armm.decoding.solvers.flow import time_index
 from armm.next_x_model import NextXModel
@@ -24,6 +25,7 @@ def noisy_context_loss(
     times: Tensor | None = None,
     noise: Tensor | None = None,
     generator: torch.Generator | None = None,
+    trunk: Trunk | None = None,
 ) -> Tensor:
     """Mean squared error of the velocities of all tokens: a scalar.
 
@@ -37,6 +39,7 @@ def noisy_context_loss(
         times: [B, E] in 0 .. 1 (1 is noise); None draws them logit-normal, sigmoid(N(0, 1)), independently.
         noise: standard normal [B, N, C] in the order of the entities; None draws it.
         generator: of what is drawn, on the latents' device.
+        trunk: a compiled form of the model's.
     """
     plan = decoding.plan(grid or model.grid)
     clean = plan.split(latents.float())
@@ -51,5 +54,5 @@ def noisy_context_loss(
         )
     spread = times[:, plan.segments(device)][..., None]
     noisy = (1 - spread) * clean + spread * noise
-    velocity = decoding.velocities(model, condition, noisy, time_index(times), plan)
+    velocity = decoding.velocities(model, condition, noisy, time_index(times), plan, trunk=trunk)
     return (velocity - (noise - clean)).square().mean()
