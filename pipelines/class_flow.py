@@ -10,60 +10,25 @@ import PIL.Image
 import torch
 from diffusers import DiffusionPipeline
 
-from armm.decoding.acceleration import Acceleration
-from armm.decoding.annealing import StepAnnealing
 from armm.decoding.guidance import Guidance
 from tokenizers_visual.codes import Codes
-from tokenizers_visual.kl_tokenizer import KLTokenizer
 
-from .base import ARPipeline
+from .continuous import ContinuousPipeline
 from .imagenet import class_indices
 from .outputs import ARPipelineOutput
 
 __all__ = ["ClassFlowPipeline", "DiffusionPipeline"]
 
 
-class ClassFlowPipeline(ARPipeline):
-    """Base of class-conditional pipelines over a `KLTokenizer`. Subclasses name the classes of their components.
+class ClassFlowPipeline(ContinuousPipeline):
+    """Base of class-conditional pipelines that draw by flow matching. Subclasses name the classes of their components.
 
     Class attributes:
         min_flow_steps: the smallest number of steps of the solver.
     """
 
-    model_cpu_offload_seq = "transformer->tokenizer"
     generation_settings: ClassVar[dict[str, Any]] = {"guidance_scale": 2.0, "guidance_high": 1.0, "num_flow_steps": 50}
     min_flow_steps: ClassVar[int] = 1
-    _accelerations: ClassVar[tuple[type[Acceleration], ...]] = (StepAnnealing,)
-
-    def register_components(
-        self, tokenizer: KLTokenizer, transformer: Any, decoding: Any, generation_config: dict | None
-    ) -> None:
-        """Registers the components; a ValueError unless tokenizer and transformer belong together."""
-        if tokenizer is not None and transformer is not None:
-            width = transformer.latent_channels
-            if tokenizer.is_discrete:
-                raise ValueError(
-                    f"`tokenizer` is a {type(tokenizer).__name__}, whose codes are discrete: this transformer makes latents of "
-                    f"{width} channels; give the continuous tokenizer it was trained with (KL-16)."
-                )
-            if tokenizer.latent_channels != width:
-                raise ValueError(
-                    f"`tokenizer` has latents of {tokenizer.latent_channels} channels, the transformer makes {width}: they do not "
-                    "belong together; give the tokenizer that the transformer was trained with (KL-16)."
-                )
-        self.register_modules(tokenizer=tokenizer, transformer=transformer, decoding=decoding)
-        self.register_generation_config(generation_config)
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """(height, width) of a picture in tokens."""
-        return self.transformer.grid
-
-    @property
-    def image_size(self) -> tuple[int, int]:
-        """(height, width) of the images in pixels."""
-        height, width = self.grid
-        return (height * self.tokenizer.downsample, width * self.tokenizer.downsample)
 
     def generate(
         self,
@@ -119,11 +84,6 @@ class ClassFlowPipeline(ARPipeline):
             )
         codes = Codes(latents=output.latents, grid=(1, *self.grid))
         return self.make_output(codes, output_type, return_dict=return_dict, output_codes=output_codes)
-
-    def annealing(self, num_flow_steps: int | None) -> StepAnnealing | None:
-        """The step annealing that is enabled, unless the call itself says how many steps it takes."""
-        found = self.acceleration if num_flow_steps is None else None
-        return found if isinstance(found, StepAnnealing) else None
 
     def check_settings(self, **given: Any) -> dict[str, Any]:
         """The settings of a call: the given ones, else the checkpoint's; out-of-range values are a ValueError."""
