@@ -44,8 +44,10 @@ class ARTransformer(ModelMixin, ConfigMixin):
         rotary_theta, rotary_layout: base of the frequencies; "interleaved" or "half_split" pairs.
         learned_positions: rows of a learned position embedding added to the input, 0 = none.
         modulation: None, "block" (each block projects the condition), "shared" (one projection, rows added by each
-            block) or "branches" (two conditions, a projection for each branch of a block); modulation_dim: width of the
-            condition, default dim; modulation_order: order of the six chunks.
+            block), "branches" (two conditions, a projection for each branch of a block) or "tasks" (the condition is the
+            number of one of `modulation_tasks` tasks, each with an embedding that is projected once for all blocks, and with
+            rows in each block that scale and shift it); modulation_dim: width of the condition, default dim;
+            modulation_order: order of the six chunks, or of the four that are left without shifts.
         context_dim: width of a context that the tokens look at between attention and feed-forward, None = none.
         taps: after these numbers of blocks the hidden state is handed out too.
         bridges: after these numbers of blocks the hidden state is normalised, projected and gets learned positions of its
@@ -87,6 +89,7 @@ class ARTransformer(ModelMixin, ConfigMixin):
         modulation: str | None = None,
         modulation_dim: int | None = None,
         modulation_order: Sequence[str] = NAMES,
+        modulation_tasks: int = 0,
         context_dim: int | None = None,
         taps: Sequence[int] = (),
         bridges: Sequence[int] = (),
@@ -111,6 +114,8 @@ class ARTransformer(ModelMixin, ConfigMixin):
             raise ValueError(f"rotary_layout must be one of {LAYOUTS}, got {rotary_layout!r}")
         if qk_norm not in (None, "rms", "l2"):
             raise ValueError(f"qk_norm must be None, 'rms' or 'l2', got {qk_norm!r}")
+        if (modulation == "tasks") != (modulation_tasks > 0):
+            raise ValueError(f"modulation={modulation!r} and modulation_tasks={modulation_tasks}: tasks need a number, others 0")
         for name, places in (("taps", taps), ("bridges", bridges)):
             if any(not 0 < place < num_layers for place in places):
                 raise ValueError(f"{name} must lie between 1 and num_layers - 1 = {num_layers - 1}, got {list(places)}")
@@ -140,6 +145,7 @@ class ARTransformer(ModelMixin, ConfigMixin):
             modulation=modulation,
             modulation_dim=modulation_dim or dim,
             modulation_order=tuple(modulation_order),
+            modulation_tasks=modulation_tasks,
             dropout=dropout,
             context_dim=context_dim,
         )
@@ -149,7 +155,10 @@ class ARTransformer(ModelMixin, ConfigMixin):
         self.bridges = nn.ModuleDict(
             {str(place): Bridge(norm, dim, norm_eps, learned_positions) for place in sorted(set(bridges))}
         )
-        self.shared_modulation = Modulation(modulation_dim or dim, dim) if modulation == "shared" else None
+        self.shared_modulation = (
+            Modulation(modulation_dim or dim, dim, len(modulation_order)) if modulation in ("shared", "tasks") else None
+        )
+        self.task_embedding = nn.Embedding(modulation_tasks, modulation_dim or dim) if modulation_tasks else None
         self.norm = build_norm(norm, dim, norm_eps) if final_norm else None
         self.tap_norms = nn.ModuleDict(
             {str(tap): build_norm(norm, dim, norm_eps) for tap in sorted(self.taps)} if final_norm else {}
@@ -261,8 +270,8 @@ class ARTransformer(ModelMixin, ConfigMixin):
         the keys are everything visible in the cache followed by the N tokens. causal: each token sees itself and what
         came before; combined with `mask` if both are given. cache: appended to. discard: so many of the last tokens
         are seen by this call but not kept in the cache. modulation: condition [B, C] or [B, N, C], or [B, S, C] with
-        segments [N], which says for each token the row that it follows; with "branches" a pair of conditions. context:
-        [B, N, context_dim], standing at the positions of the tokens.
+        segments [N], which says for each token the row that it follows; with "branches" a pair of conditions, with "tasks" the
+        task of each row, int64 [B] or [1]. context: [B, N, context_dim], standing at the positions of the tokens.
         """
         length = embeds.shape[1]
         x, rotary = embeds, None
@@ -281,7 +290,11 @@ class ARTransformer(ModelMixin, ConfigMixin):
             mask, causal = merge_causal(mask, length, keys, x.device)
         if mask is not None:
             mask = additive_mask(mask, low_precision_dtype(x))
-        condition = modulation if self.shared_modulation is None else self.shared_modulation(modulation)
+        condition = modulation
+        if self.task_embedding is not None:
+            condition = (self.shared_modulation(self.task_embedding(modulation)), modulation)
+        elif self.shared_modulation is not None:
+            condition = self.shared_modulation(modulation)
         backend = self._attention_backend or current_backend()
         checkpointing = self.gradient_checkpointing and torch.is_grad_enabled() and cache is None
 

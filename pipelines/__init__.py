@@ -12,6 +12,7 @@ _PUBLIC = {
     "ELMPipeline": "pipelines.elm",
     "ARVideoOutput": "pipelines.outputs",
     "LlamaGenPipeline": "pipelines.llamagen",
+    "MARPipeline": "pipelines.mar",
     "NARPipeline": "pipelines.nar",
     "PARPipeline": "pipelines.par",
     "VARPipeline": "pipelines.var",

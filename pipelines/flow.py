@@ -10,28 +10,25 @@ import PIL.Image
 import torch
 from diffusers import DiffusionPipeline
 
-from armm.decoding.acceleration import Acceleration
-from armm.decoding.annealing import StepAnnealing, solver_steps
+from armm.decoding.annealing import solver_steps
 from armm.decoding.guidance import SCHEDULES, Guidance
 from tokenizers_visual.codes import Codes
-from tokenizers_visual.kl_tokenizer import KLTokenizer
 
 from . import loading
-from .base import ARPipeline
+from .continuous import ContinuousPipeline
 from .imagenet import class_indices
 from .outputs import ARPipelineOutput
 
 __all__ = ["FlowPipeline", "DiffusionPipeline"]
 
 
-class FlowPipeline(ARPipeline):
-    """Base of pipelines over a `KLTokenizer`. Subclasses name the classes of their components, and what stands for a request.
+class FlowPipeline(ContinuousPipeline):
+    """Base of pipelines that draw by flow matching. Subclasses name the classes of their components, and what stands for a request.
 
     Class attributes:
         min_flow_steps: the smallest number of steps of the solver.
     """
 
-    model_cpu_offload_seq = "transformer->tokenizer"
     generation_settings: ClassVar[dict[str, Any]] = {
         "guidance_scale": 2.0,
         "guidance_schedule": "linear",
@@ -39,42 +36,11 @@ class FlowPipeline(ARPipeline):
         "num_flow_steps": 50,
     }
     min_flow_steps: ClassVar[int] = 1
-    _accelerations: ClassVar[tuple[type[Acceleration], ...]] = (StepAnnealing,)
-
-    def register_components(
-        self, tokenizer: KLTokenizer, transformer: Any, decoding: Any, generation_config: dict | None
-    ) -> None:
-        """Registers the components; a ValueError unless tokenizer and transformer belong together."""
-        if tokenizer is not None and transformer is not None:
-            width = transformer.latent_channels
-            if tokenizer.is_discrete:
-                raise ValueError(
-                    f"`tokenizer` is a {type(tokenizer).__name__}, whose codes are discrete: this transformer makes latents of "
-                    f"{width} channels; give the continuous tokenizer it was trained with (KL-16)."
-                )
-            if tokenizer.latent_channels != width:
-                raise ValueError(
-                    f"`tokenizer` has latents of {tokenizer.latent_channels} channels, the transformer makes {width}: they do not "
-                    "belong together; give the tokenizer that the transformer was trained with (KL-16)."
-                )
-        self.register_modules(tokenizer=tokenizer, transformer=transformer, decoding=decoding)
-        self.register_generation_config(generation_config)
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """(height, width) of a picture in tokens."""
-        return self.transformer.grid
 
     @property
     def num_entities(self) -> int:
         """How many entities a picture is made of, one after the other."""
         raise NotImplementedError
-
-    @property
-    def image_size(self) -> tuple[int, int]:
-        """(height, width) of the images in pixels."""
-        height, width = self.grid
-        return (height * self.tokenizer.downsample, width * self.tokenizer.downsample)
 
     def conditions(self, request: Any, num_images_per_prompt: int) -> tuple[int, Callable[[], Any], Callable[[], Any]]:
         """The number of images of a request, and what makes its condition and what stands for none; here of class labels."""
@@ -133,11 +99,6 @@ class FlowPipeline(ARPipeline):
             )
         codes = Codes(latents=output.latents, grid=(1, *self.grid))
         return self.make_output(codes, output_type, return_dict=return_dict, output_codes=output_codes)
-
-    def annealing(self, num_flow_steps: int | None) -> StepAnnealing | None:
-        """The step annealing that is enabled, unless the call itself says how many steps it takes."""
-        found = self.acceleration if num_flow_steps is None else None
-        return found if isinstance(found, StepAnnealing) else None
 
     def check_settings(self, **given: Any) -> dict[str, Any]:
         """The settings of a call: the given ones, else the checkpoint's; out-of-range values are a ValueError."""

@@ -25,6 +25,7 @@ FAMILIES: dict[str, str] = {
     "kl": "armm.convert.kl",
     "larp": "armm.convert.larp",
     "llamagen": "armm.convert.llamagen",
+    "mar": "armm.convert.mar",
     "nar": "armm.convert.nar",
     "par": "armm.convert.par",
     "var": "armm.convert.var",

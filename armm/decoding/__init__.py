@@ -7,6 +7,7 @@ from typing import Any
 
 from armm.decoding.base import DecodingOutput, TokenStream
 from armm.decoding.guidance import Guidance
+from armm.decoding.masked import MaskedLatentDecoding
 from armm.decoding.masked_tokens import MaskedTokenDecoding
 from armm.decoding.neighboring import NeighboringDecoding
 from armm.decoding.next_scale import NextScaleDecoding, NextScaleOutput, scale_masks
@@ -21,6 +22,7 @@ from armm.decoding.token_shuffle import TokenShuffleDecoding
 # name -> strategy class; each is a component that a pipeline saves and swaps like a scheduler
 DECODING_STRATEGIES: dict[str, Any] = {
     "next_token": NextTokenDecoding,
+    "masked_latents": MaskedLatentDecoding,
     "masked_tokens": MaskedTokenDecoding,
     "neighboring": NeighboringDecoding,
     "parallel_groups": ParallelGroupsDecoding,
@@ -51,6 +53,7 @@ __all__ = [
     "DECODING_STRATEGIES",
     "DecodingOutput",
     "Guidance",
+    "MaskedLatentDecoding",
     "MaskedTokenDecoding",
     "NeighboringDecoding",
     "NextScaleDecoding",

@@ -46,6 +46,7 @@ class BlockConfig:
     modulation: str | None = None
     modulation_dim: int = 0
     modulation_order: tuple[str, ...] = NAMES
+    modulation_tasks: int = 0
     dropout: float = 0.0
     context_dim: int | None = None
 
@@ -235,7 +236,11 @@ class Block(nn.Module):
         self.modulation = None
         if config.modulation is not None:
             self.modulation = BlockModulation(
-                config.modulation, config.modulation_dim or config.dim, config.dim, config.modulation_order
+                config.modulation,
+                config.modulation_dim or config.dim,
+                config.dim,
+                config.modulation_order,
+                config.modulation_tasks,
             )
         self.dropout = config.dropout
         self._fused: FusedBlock | None = None

@@ -21,13 +21,15 @@ class LabelEmbedding(nn.Module):
         return self.embedding(labels).unsqueeze(1)
 
     def checked(self, labels: Tensor) -> Tensor:
-        """`labels` on the embedding's device; a ValueError unless they are a vector of class numbers, or the null class."""
+        """Labels from outside as int64 [B] on the table's device; a ValueError unless they are classes or the null class."""
         classes = self.num_classes
         labels = torch.as_tensor(labels, device=self.embedding.weight.device)
         if labels.dim() != 1 or labels.dtype.is_floating_point or labels.dtype == torch.bool:
             raise ValueError(f"labels must be a vector of integers, got {labels.dtype} of shape {tuple(labels.shape)}")
         if labels.numel() and (int(labels.min()) < 0 or int(labels.max()) > classes):
-            raise ValueError(f"labels must lie in 0 .. {classes - 1} ({classes} is the null class), got {labels.tolist()}")
+            raise ValueError(
+                f"labels must lie in 0 .. {classes - 1} ({classes} is the null class), got {labels.tolist()}"
+            )
         return labels.long()
 
     def null(self, batch: int) -> Tensor:
