@@ -72,6 +72,11 @@ class NextScaleFlowModel(ScalesModel):
             nn.init.normal_(table.weight, std=0.02)
 
     @property
+    def stacks(self) -> tuple[ARTransformer, ...]:
+        """The transformers of the model: the trunk, and the head's."""
+        return (self.trunk, self.head.trunk)
+
+    @property
     def grid(self) -> tuple[int, int]:
         """(height, width) of a picture in tokens."""
         return (self.scales[-1], self.scales[-1])

@@ -68,7 +68,9 @@ class NextXModel(TrunkModel):
                 f"modulation={config.modulation!r}, modulation_dim={config.modulation_dim}"
             )
         if len(self.trunk.rotary_axes) not in (0, 2, 3):
-            raise ValueError(f"rotary_axes must be of (row, column) or (order, row, column), got {self.trunk.rotary_axes}")
+            raise ValueError(
+                f"rotary_axes must be of (row, column) or (order, row, column), got {self.trunk.rotary_axes}"
+            )
         dim = self.trunk.dim
         self.latent_projection = nn.Linear(latent_channels, dim)
         self.class_embedding = LabelEmbedding(num_classes, dim)

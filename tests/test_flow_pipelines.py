@@ -136,6 +136,26 @@ def test_clear_errors_of_a_call(pipe, arguments, error, message):
         pipe(**arguments)
 
 
+@pytest.mark.parametrize("name", sorted(PIPELINES))
+def test_half_precision_and_backends(name):
+    pipe = PIPELINES[name]()
+    expected = latents_of(pipe, [1], 0)
+    pipe.transformer.set_attention_backend("reference")
+    assert torch.allclose(latents_of(pipe, [1], 0), expected, atol=1e-3)
+    pipe.to(torch.bfloat16)
+    images = pipe(1, generator=generators(0), output_type="pt").images
+    assert images.dtype == torch.bfloat16 and images.isfinite().all()
+
+
+@pytest.mark.parametrize(("name", "model"), [("xar", "xar-large-256"), ("flowar", "flowar-huge-256")])
+def test_presets_of_the_authors(name, model):
+    pipe = PIPELINES[name]()
+    pipe.enable_acceleration(armm.StepAnnealing.preset(model))
+    pipe(1)
+    assert pipe.guidance_scale == armm.zoo.get(model).generation_config["guidance_scale"]
+    assert pipe.acceleration.table(pipe.num_entities)[0] == 50 and pipe.acceleration.table(pipe.num_entities)[-1] == 15
+
+
 def test_two_steps_are_too_few_for_xar_only():
     with pytest.raises(ValueError, match="at least 3"):
         tiny_xar_pipeline()(1, num_flow_steps=2)

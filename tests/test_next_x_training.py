@@ -148,3 +148,27 @@ def test_vocabulary_and_transformer_belong_together(root):
         NextXTextToImagePipeline(**parts)
     with pytest.raises(ValueError, match="do not belong together"):
         NextXTextToImagePipeline(**parts, vocabulary=[*task.vocabulary, "more"])
+
+
+def test_the_recipe_of_the_tokenizer_trains(tmp_path):
+    path = RECIPES[0].parent / "scenes-kl-tokenizer-64.yaml"
+    values = {
+        "output": str(tmp_path / "run"),
+        "steps": 3,
+        "batch_size": 4,
+        "precision": "no",
+        "model.base_channels": 8,
+        "model.latent_channels": 4,
+        "data.scenes": 8,
+        "data.validation": 4,
+        "validate_every": 3,
+        "sample_every": 3,
+    }
+    tokenizer = KLTokenizer.from_pretrained(run(load_recipe(path, values), progress=False), dtype=torch.float32)
+    assert tokenizer.downsample == 8 and tokenizer.scaling_factor != 0.2325
+    pixels = torch.rand(2, 3, 64, 64) * 2 - 1
+    assert tokenizer.decode(tokenizer.encode(pixels)).shape == pixels.shape
+    posterior = tokenizer.posterior(pixels)
+    assert torch.allclose(tokenizer.encode(pixels).latents, posterior.mean.flatten(2).mT * tokenizer.scaling_factor)
+    with pytest.raises(ValueError, match="channels"):
+        build_task(load_recipe(path, {**values, "model.channels": 8}))

@@ -100,7 +100,12 @@ def model_arguments(state: Mapping[str, torch.Tensor], options: Mapping[str, Any
     heads = width // (4 * shape(state, name, 1)[0]) if name in state else options.get("head_heads", width // 64)
     if not isinstance(heads, int) or heads < 1 or width % (4 * heads):
         raise CheckpointShapeError(f"the flow head cannot have {heads!r} heads: its width is {width}.")
-    found = {"head_layers": count(state, r"flownet\.res_blocks\.(\d+)\."), "head_dim": width, "cross": cross, "head_heads": heads}
+    found = {
+        "head_layers": count(state, r"flownet\.res_blocks\.(\d+)\."),
+        "head_dim": width,
+        "cross": cross,
+        "head_heads": heads,
+    }
     scales = scales_of(state, transformer["learned_positions"], options)
     compare(options, {**found, "scales": list(scales)})
     axis = width // heads // 2
@@ -133,7 +138,9 @@ def scales_of(state: Mapping[str, torch.Tensor], tokens: int, options: Mapping[s
     if sizes is not None:
         scales = tuple(math.isqrt(size) for size in sizes)
         if any(side * side != size for side, size in zip(scales, sizes, strict=True)) or sum(sizes) != tokens:
-            raise CheckpointShapeError(f"the blocks {sizes} of the buffer `mask` are no square maps of {tokens} tokens.")
+            raise CheckpointShapeError(
+                f"the blocks {sizes} of the buffer `mask` are no square maps of {tokens} tokens."
+            )
         return scales
     if "scales" in options:
         return check_scales(options["scales"])
@@ -141,7 +148,9 @@ def scales_of(state: Mapping[str, torch.Tensor], tokens: int, options: Mapping[s
     while sum(side * side for side in scales) < tokens:
         scales = (*scales, 2 * scales[-1])
     if sum(side * side for side in scales) != tokens:
-        raise ValueError(f"the file does not say the sizes of its maps of {tokens} tokens: pass config={{'scale': [...]}}.")
+        raise ValueError(
+            f"the file does not say the sizes of its maps of {tokens} tokens: pass config={{'scale': [...]}}."
+        )
     return scales
 
 

@@ -61,7 +61,9 @@ class NextXTask(TrainingTask):
         )
         take(recipe.loss, "loss")
         if not self.data["tokenizer"]:
-            raise ValueError("`data.tokenizer` must name the directory of a trained KL tokenizer (`armm train` one first).")
+            raise ValueError(
+                "`data.tokenizer` must name the directory of a trained KL tokenizer (`armm train` one first)."
+            )
         self.tokenizer = KLTokenizer.from_pretrained(self.data["tokenizer"]).requires_grad_(False)
         self.vocabulary = scene_vocabulary()
         self.words = WordTokenizer(self.vocabulary)
