@@ -62,6 +62,13 @@ class NextXTextToImagePipeline(FlowPipeline):
         self.register_to_config(vocabulary=list(vocabulary))
         self.words = WordTokenizer(vocabulary)
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> NextXTextToImagePipeline:
+        """As `ARPipeline.from_pretrained`; without `dtype` the weights are computed with in float32, however they are stored."""
+        if kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None:
+            kwargs["dtype"] = torch.float32
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)  # type: ignore[return-value]
+
     @property
     def num_entities(self) -> int:
         """How many entities a picture is made of, one after the other."""

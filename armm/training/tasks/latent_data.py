@@ -51,7 +51,8 @@ def prepare_latents(images: Tensor, tokenizer: KLTokenizer, device: torch.device
         found = torch.load(path, weights_only=True)
         return found["mean"], found["spread"]
     tokenizer = tokenizer.to(device).eval()
-    means, spreads = [], []
+    means: list[Tensor] = []
+    spreads: list[Tensor] = []
     for chunk in images.split(128):
         posterior = tokenizer.posterior(to_pixels(chunk.to(device)))
         for kept, value in ((means, posterior.mean), (spreads, posterior.std)):
