@@ -190,6 +190,25 @@ def test_cached_equals_computed(entity, size, scale):
     assert float(runs[0].latents.std()) > 0.1 and runs[0].latents.isfinite().all()
 
 
+@settings(max_examples=12, deadline=None)
+@given(st.sampled_from(ENTITIES), st.integers(2, 3), st.integers(1, 3), st.integers(1, 2), st.booleans())
+def test_cached_equals_computed_on_any_grid(entity, size, height, width, stochastic):
+    grid = (height * size, width * size)
+    decoding = NextXDecoding(entity, size, solver="euler_maruyama" if stochastic else "euler")
+    model = tiny_model(grid, decoding.plan(grid).num_tokens)
+    runs = [
+        decoding(
+            model,
+            model.condition(torch.tensor([3])),
+            num_steps=2,
+            noise=torch.Generator().manual_seed(5),
+            use_cache=flag,
+        )
+        for flag in (True, False)
+    ]
+    assert torch.allclose(runs[0].latents, runs[1].latents, atol=1e-4 * float(runs[0].latents.abs().max()))
+
+
 @pytest.mark.parametrize(("entity", "size"), [("cell", 2), ("image", 1)])
 def test_cached_equals_computed_behind_words(entity, size):
     transformer = {"head_dim": 8, "rotary_axes": [2, 2, 4]}
