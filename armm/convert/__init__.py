@@ -21,11 +21,15 @@ from .containers import (
 # Family -> the module with its `convert` and `load_single_file`.
 FAMILIES: dict[str, str] = {
     "elm": "armm.convert.elm",
+    "flowar": "armm.convert.flowar",
+    "kl": "armm.convert.kl",
     "larp": "armm.convert.larp",
     "llamagen": "armm.convert.llamagen",
+    "mar": "armm.convert.mar",
     "nar": "armm.convert.nar",
     "par": "armm.convert.par",
     "var": "armm.convert.var",
+    "xar": "armm.convert.xar",
 }
 
 __all__ = [

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from armm.nn.attention import BACKENDS, attention, attention_backend, check_backend, current_backend
 from armm.nn.block import Attention, Block, BlockConfig
-from armm.nn.embedders import CaptionEmbedding, LabelEmbedding
+from armm.nn.bridge import Bridge
+from armm.nn.embedders import CaptionEmbedding, LabelEmbedding, TimeEmbedding
 from armm.nn.linear import FusedLinear
 from armm.nn.masks import (
     additive_mask,
@@ -29,6 +30,7 @@ __all__ = [
     "Block",
     "BlockConfig",
     "BlockModulation",
+    "Bridge",
     "CaptionEmbedding",
     "FusedLinear",
     "GatedMLP",
@@ -38,6 +40,7 @@ __all__ = [
     "PositionLayout",
     "PositionTable",
     "RMSNorm",
+    "TimeEmbedding",
     "additive_mask",
     "apply_rotary",
     "apply_rotary_half_split",
