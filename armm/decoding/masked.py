@@ -141,7 +141,8 @@ class MaskedLatentDecoding(SchedulerMixin, ConfigMixin):
 
         null_condition: as many rows, needed with active guidance. num_inference_steps, head_steps: in place of the configured
         ones; annealing: says the steps of the head for each step instead. temperature: of the noise in the head's steps. noise: one
-        generator, one per sample, or recorded noise: [B, 1 + M, N, C], see `PlacedNoise`, or a list in the order of the draws. orders: int64 [B, N], permutations of the
+        generator, one per sample, or recorded noise: [B, 1 + M, N, C], see `PlacedNoise`, or a list in the order of the
+        draws. orders: int64 [B, N], permutations of the
         positions; the last ones are drawn first. known_tokens [B, N, C], known_mask bool [B, N]: tokens that are given where the
         mask is True, in every row equally many. callback(step, tokens): after each step, 0 at open positions; it may return their
         replacement. interrupt: asked before every step, True ends the loop. record: keep what was open, the tokens and the states.
