@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from diffusers.configuration_utils import register_to_config
@@ -31,8 +31,7 @@ class NextXModel(TrunkModel):
         latent_channels: width of a continuous token.
         grid: (height, width) of the pictures it was trained on; the default of decoding.
         num_classes: of the condition; class `num_classes` stands for "no class".
-        vocab_size, text_length: words and their largest number, for models of captions; 0 is none. The word `vocab_size` stands for
-            "no caption".
+        vocab_size, text_length: words and their largest number, for models of captions; 0 is none.
         transformer: keyword arguments of `ARTransformer`; `modulation` ("block") and `input_norm` are filled in. With
             `learned_positions`, row i belongs to cell i of the grid in raster order; tokens of coarser scales and words follow.
             With three `rotary_axes`, they are (order of the word, row, column), else (row, column).
@@ -69,11 +68,13 @@ class NextXModel(TrunkModel):
                 f"modulation={config.modulation!r}, modulation_dim={config.modulation_dim}"
             )
         if len(self.trunk.rotary_axes) not in (0, 2, 3):
-            raise ValueError(f"rotary_axes must be of (row, column) or (order, row, column), got {self.trunk.rotary_axes}")
+            raise ValueError(
+                f"rotary_axes must be of (row, column) or (order, row, column), got {self.trunk.rotary_axes}"
+            )
         dim = self.trunk.dim
         self.latent_projection = nn.Linear(latent_channels, dim)
         self.class_embedding = LabelEmbedding(num_classes, dim)
-        self.text_embedding = nn.Embedding(vocab_size + 1, dim) if vocab_size else None
+        self.text_embedding = nn.Embedding(vocab_size, dim) if vocab_size else None
         self.time_embedding = TimeEmbedding(dim)
         self.head = ContinuousHead(dim, latent_channels)
         self.gradient_checkpointing = False
@@ -91,21 +92,14 @@ class NextXModel(TrunkModel):
 
     @property
     def vocab_size(self) -> int:
-        return 0 if self.text_embedding is None else self.text_embedding.num_embeddings - 1
+        return 0 if self.text_embedding is None else self.text_embedding.num_embeddings
 
     # Inputs.
 
     @apply_forward_hook
     def condition(self, labels: Tensor) -> Condition:
         """Class `labels` [B] -> what the model is conditioned on; label `num_classes` is no class."""
-        classes = self.num_classes
-        weight = self.class_embedding.embedding.weight
-        labels = torch.as_tensor(labels, device=weight.device)
-        if labels.dim() != 1 or labels.dtype.is_floating_point or labels.dtype == torch.bool:
-            raise ValueError(f"labels must be a vector of integers, got {labels.dtype} of shape {tuple(labels.shape)}")
-        if labels.numel() and (int(labels.min()) < 0 or int(labels.max()) > classes):
-            raise ValueError(f"labels must lie in 0 .. {classes - 1} ({classes} is the null class), got {labels.tolist()}")
-        return self._without_text(self.class_embedding(labels.long())[:, 0])
+        return self._without_text(self.class_embedding(self.class_embedding.checked(labels))[:, 0])
 
     @apply_forward_hook
     def caption_condition(self, ids: Tensor, mask: Tensor | None = None) -> Condition:
@@ -118,11 +112,8 @@ class NextXModel(TrunkModel):
         return Condition(self.text_embedding(ids), mask, bidirectional=ids.shape[1], vector=vector)
 
     @apply_forward_hook
-    def null_condition(self, batch: int, length: int = 0) -> Condition:
-        """What stands for "no class", or for a caption of `length` words "no caption", in `batch` rows."""
-        if length:
-            ids = torch.full((batch, length), self.vocab_size, device=self.class_embedding.embedding.weight.device)
-            return self.caption_condition(ids)
+    def null_condition(self, batch: int) -> Condition:
+        """What stands for "no class" in `batch` rows."""
         return self._without_text(self.class_embedding.null(batch)[:, 0])
 
     def _without_text(self, vector: Tensor) -> Condition:
@@ -169,11 +160,12 @@ class NextXModel(TrunkModel):
         positions: PositionTable,
         segments: Tensor,
         mask: Tensor | None = None,
+        trunk: Callable[..., Tensor] | None = None,
     ) -> Tensor:
         """Velocities [B, N, C] of noisy tokens `latents` [B, N, C], all entities in one pass; see `NextXDecoding.velocities`.
 
         index: of the entities' times [B, E]. positions: of words and tokens. segments: [N], the entity of every token. mask: bool,
-        [T + N, T + N] or [B, 1, T + N, T + N].
+        [T + N, T + N] or [B, 1, T + N, T + N]. trunk: a compiled form of the model's.
         """
         words = condition.length
         embeds = torch.cat([condition.embeds, self.embed(latents)], dim=1)
@@ -181,5 +173,6 @@ class NextXModel(TrunkModel):
             index = torch.nn.functional.pad(index.expand(len(latents), -1), (1, 0))
             segments = torch.nn.functional.pad(segments + 1, (words, 0))
         modulation = self.modulation(condition.vector, index.expand(len(latents), -1))
-        hidden = self.trunk(embeds, positions=positions, mask=mask, modulation=modulation, segments=segments)
+        run = trunk or self.trunk
+        hidden = run(embeds, positions=positions, mask=mask, modulation=modulation, segments=segments)
         return self.velocity(hidden[:, words:])

@@ -17,6 +17,8 @@ _PUBLIC = {
     "PARPipeline": "pipelines.par",
     "VARPipeline": "pipelines.var",
     "XARPipeline": "pipelines.xar",
+    "FlowARPipeline": "pipelines.flowar",
+    "NextXTextToImagePipeline": "pipelines.next_x_text_to_image",
     "UnifiedTextToImagePipeline": "pipelines.unified_text_to_image",
     "UnifiedImageToTextPipeline": "pipelines.unified_image_to_text",
     "UnifiedInpaintPipeline": "pipelines.unified_inpaint",

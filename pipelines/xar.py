@@ -15,7 +15,7 @@ from armm.decoding.next_x import NextXDecoding
 from armm.next_x_model import NextXModel
 from tokenizers_visual.kl_tokenizer import KLTokenizer
 
-from .class_flow import ClassFlowPipeline
+from .flow import FlowPipeline
 from .outputs import ARPipelineOutput
 
 __all__ = ["DiffusionPipeline", "XARPipeline"]
@@ -25,17 +25,17 @@ EXAMPLE_DOC_STRING = """
         ```py
         >>> import armm
 
-        >>> pipe = armm.pipeline("xar-b")
+        >>> pipe = armm.pipeline("xar-base-256")
         >>> images = pipe(class_labels=[207, "red fox"], guidance_scale=2.7, num_flow_steps=40).images
 
         >>> pipe = armm.XARPipeline.from_single_file("xAR-B.pth", tokenizer="kl16.ckpt")
-        >>> pipe.enable_acceleration(armm.StepAnnealing.preset("xar-base"))
+        >>> pipe.enable_acceleration(armm.StepAnnealing.preset("xar-base-256"))
         >>> pipe.decoding = armm.NextXDecoding("cell", 8, solver="euler")  # the deterministic sampler
         ```
 """
 
 
-class XARPipeline(ClassFlowPipeline):
+class XARPipeline(FlowPipeline):
     """Generation with an xAR transformer, cell by cell (or whichever entity `decoding` names).
 
     Args:
@@ -58,12 +58,18 @@ class XARPipeline(ClassFlowPipeline):
         super().__init__()
         self.register_components(tokenizer, transformer, decoding, generation_config)
 
+    @property
+    def num_entities(self) -> int:
+        """How many entities a picture is made of, one after the other."""
+        return len(self.decoding.plan(self.grid).sizes)
+
     @torch.no_grad()
     @replace_example_docstring(EXAMPLE_DOC_STRING)
     def __call__(
         self,
         class_labels: int | str | Sequence[int | str] | torch.Tensor,
         guidance_scale: float | None = None,
+        guidance_schedule: str | None = None,
         guidance_high: float | None = None,
         num_flow_steps: int | None = None,
         num_images_per_prompt: int = 1,
@@ -81,8 +87,9 @@ class XARPipeline(ClassFlowPipeline):
 
         Args:
             class_labels (`int`, `str` or `list`): classes by number or, for ImageNet models, by name.
-            guidance_scale (`float`, *optional*): classifier-free guidance; it grows linearly from 1 at the first entity to this
-                value at the last. 1 is off.
+            guidance_scale (`float`, *optional*): classifier-free guidance, reached at the last entity; 1 is off.
+            guidance_schedule (`str`, *optional*): how it grows to that from 1 at the first: `"linear"` (the authors'),
+                `"constant"` and the others of `armm.Guidance`.
             guidance_high (`float`, *optional*): flow times above it are not guided; 1 guides all.
             num_flow_steps (`int`, *optional*, at least 3): steps of the solver for each entity, each one call of the transformer.
                 Overrides step annealing.
@@ -106,6 +113,7 @@ class XARPipeline(ClassFlowPipeline):
         return self.generate(
             class_labels,
             guidance_scale=guidance_scale,
+            guidance_schedule=guidance_schedule,
             guidance_high=guidance_high,
             num_flow_steps=num_flow_steps,
             num_images_per_prompt=num_images_per_prompt,

@@ -24,8 +24,8 @@ ROOMS = {
     "leaf": ("armm.version", "armm.weights", "armm.hub"),
     "nn": ("armm.nn",),
     "tokenizers": ("tokenizers_visual",),
-    "trunk": ("armm.transformer", "armm.cache", "armm.heads", "armm.model", "armm.model_base", "armm.condition",
-              "armm.next_scale_model", "armm.next_x_model", "armm.masked_latent_model",
+    "trunk": ("armm.transformer", "armm.cache", "armm.heads", "armm.model", "armm.model_base", "armm.int8_weights", "armm.condition",
+              "armm.next_scale_model", "armm.next_x_model", "armm.next_scale_flow_model", "armm.masked_latent_model",
               "armm.pivot_latent_model"),  # fmt: skip
     "decoding": ("armm.decoding",),
     "pipelines": ("pipelines",),

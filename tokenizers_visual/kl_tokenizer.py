@@ -33,6 +33,8 @@ class KLTokenizer(VisualTokenizer):
         encoder_attention, decoder_attention: attention after each block of the lowest resolution, or one flag for each level.
         scaling_factor: latents in codes are the autoencoder's times this, so that they have about unit variance.
         norm_groups: groups of every group norm; must divide all widths.
+        patch_size: pixel blocks of this side are folded into channels before the encoder and unfolded after the decoder.
+        mid_attention: attention in the middle of both coders.
     """
 
     _supports_gradient_checkpointing = False
@@ -51,6 +53,8 @@ class KLTokenizer(VisualTokenizer):
         decoder_attention: bool | Sequence[bool] = False,
         scaling_factor: float = 0.2325,
         norm_groups: int = 32,
+        patch_size: int = 1,
+        mid_attention: bool = True,
     ) -> None:
         super().__init__()
         widths = {base_channels * m for m in (1, *channel_multipliers)}
@@ -65,7 +69,9 @@ class KLTokenizer(VisualTokenizer):
             num_res_blocks,
             2 * latent_channels,
             use_attention=encoder_attention,
+            mid_attention=mid_attention,
             norm_groups=norm_groups,
+            patch_size=patch_size,
         )
         self.decoder = ConvDecoder(
             in_channels,
@@ -74,11 +80,13 @@ class KLTokenizer(VisualTokenizer):
             num_res_blocks + 1,
             latent_channels,
             use_attention=decoder_attention,
+            mid_attention=mid_attention,
             norm_groups=norm_groups,
+            patch_size=patch_size,
         )
         self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1)
         self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1)
-        self._downsample = 2 ** (len(channel_multipliers) - 1)
+        self._downsample = patch_size * 2 ** (len(channel_multipliers) - 1)
 
     @property
     def codebook_size(self) -> int:

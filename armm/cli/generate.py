@@ -40,7 +40,7 @@ alone or together with others. Without --seed one is chosen and printed."""
 EXAMPLES = """\
   armm generate "a small red sphere to the left of a large blue cube" -o scene.png
   armm generate "a large shiny cone at night" "a red cube and a blue sphere" -o out.png --num-images 4 --grid --seed 3
-  armm generate "a red cone behind a green cube" -o out.png --animate steps.gif
+  armm generate "a red cone behind a green cube" -o out.png --animate steps.gif --decoding neighboring
   armm generate --model llamagen-c2i-b-256 --class-labels 207 360 -o animals.png --guidance-scale 4
   armm generate --model my-video-model --class-labels 7 --video surf.gif --fps 8
 """
@@ -61,6 +61,9 @@ def add(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument(
         "--model", default="text-to-image", help="a zoo name, a hub id or a folder (default: the shipped model)"
+    )
+    parser.add_argument(
+        "--decoding", metavar="NAME", help="one of the decodings that the model offers, such as neighboring"
     )
     parser.add_argument(
         "--class-labels", nargs="+", type=label, metavar="N", help="class numbers or names instead of prompts"

@@ -21,6 +21,7 @@ from .containers import (
 # Family -> the module with its `convert` and `load_single_file`.
 FAMILIES: dict[str, str] = {
     "elm": "armm.convert.elm",
+    "flowar": "armm.convert.flowar",
     "himar": "armm.convert.himar",
     "kl": "armm.convert.kl",
     "larp": "armm.convert.larp",

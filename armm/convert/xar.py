@@ -133,10 +133,17 @@ def stack_arguments(state: Mapping[str, torch.Tensor], options: Mapping[str, Any
     stacks = ("encoder_blocks", "decoder_blocks")
     layers = [count(state, rf"{name}\.(\d+)\.") for name in stacks]
     hidden = shape(state, "encoder_blocks.0.mlp.fc2.weight", 2)[1]
-    found: dict[str, Any] = {"dim": dim, "latent_channels": channels, "encoder_layers": layers[0], "decoder_layers": layers[1]}
+    found: dict[str, Any] = {
+        "dim": dim,
+        "latent_channels": channels,
+        "encoder_layers": layers[0],
+        "decoder_layers": layers[1],
+    }
     heads = [_heads(state, f"{name}.0.", dim, options) for name in stacks]
     if heads[0] != heads[1]:
-        raise CheckpointShapeError(f"the two stacks have {heads[0]} and {heads[1]} heads: they must have the same number.")
+        raise CheckpointShapeError(
+            f"the two stacks have {heads[0]} and {heads[1]} heads: they must have the same number."
+        )
     found |= {"num_heads": heads[0], "decoder_dim": dim, "decoder_heads": heads[0]}
     compare(options, found)
     head_dim = dim // heads[0]
@@ -171,7 +178,9 @@ def _heads(state: Mapping[str, torch.Tensor], prefix: str, dim: int, options: Ma
         return dim // head_dim
     heads = options.get("num_heads")
     if not isinstance(heads, int) or heads < 1 or dim % (4 * heads):
-        raise ValueError(f"the file does not say its number of heads: pass config={{'num_heads': ...}} (width {dim}), got {heads!r}.")
+        raise ValueError(
+            f"the file does not say its number of heads: pass config={{'num_heads': ...}} (width {dim}), got {heads!r}."
+        )
     return heads
 
 
@@ -185,7 +194,9 @@ def model_arguments(state: Mapping[str, torch.Tensor], options: Mapping[str, Any
     sizes = block_sizes(state)
     cell = math.isqrt(sizes[0]) if sizes else options.get("cell_size", 8)
     if side % cell or (sizes and sizes != [cell * cell] * (side // cell) ** 2):
-        raise CheckpointShapeError(f"the blocks {sizes} of the buffer `mask` are no square cells of a grid of {side}x{side}.")
+        raise CheckpointShapeError(
+            f"the blocks {sizes} of the buffer `mask` are no square cells of a grid of {side}x{side}."
+        )
     compare(options, {"cell_size": cell})
     arguments = {
         "latent_channels": shape(state, "z_proj.weight", 2)[1],
@@ -196,9 +207,7 @@ def model_arguments(state: Mapping[str, torch.Tensor], options: Mapping[str, Any
     return arguments, cell
 
 
-def convert(
-    path: Any, *, config: Any = None, dtype: torch.dtype | None = None, use_ema: bool = False
-) -> NextXModel:
+def convert(path: Any, *, config: Any = None, dtype: torch.dtype | None = None, use_ema: bool = False) -> NextXModel:
     """The transformer in the file `path`.
 
     Args:

@@ -11,6 +11,7 @@ from armm.decoding.masked import MaskedLatentDecoding
 from armm.decoding.masked_tokens import MaskedTokenDecoding
 from armm.decoding.neighboring import NeighboringDecoding
 from armm.decoding.next_scale import NextScaleDecoding, NextScaleOutput, scale_masks
+from armm.decoding.next_scale_flow import NextScaleFlowDecoding, NextScaleFlowOutput
 from armm.decoding.next_token import NextTokenDecoding
 from armm.decoding.next_x import NextXDecoding, NextXOutput
 from armm.decoding.parallel_groups import ParallelGroupsDecoding
@@ -27,6 +28,7 @@ DECODING_STRATEGIES: dict[str, Any] = {
     "parallel_groups": ParallelGroupsDecoding,
     "token_shuffle": TokenShuffleDecoding,
     "next_scale": NextScaleDecoding,
+    "next_scale_flow": NextScaleFlowDecoding,
     "next_x": NextXDecoding,
 }
 
@@ -55,6 +57,8 @@ __all__ = [
     "MaskedTokenDecoding",
     "NeighboringDecoding",
     "NextScaleDecoding",
+    "NextScaleFlowDecoding",
+    "NextScaleFlowOutput",
     "NextScaleOutput",
     "NextTokenDecoding",
     "NextXDecoding",

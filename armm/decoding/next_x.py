@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,8 +13,8 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 from armm.condition import Condition, concatenate
-from armm.decoding.annealing import StepAnnealing
-from armm.decoding.base import check_guided, wake
+from armm.decoding.annealing import StepAnnealing, solver_steps
+from armm.decoding.base import Trunk, check_guided, wake
 from armm.decoding.entities import EntityPlan
 from armm.decoding.guidance import Guidance
 from armm.decoding.solvers.flow import FlowSolver, time_index
@@ -71,8 +72,7 @@ class NextXDecoding(SchedulerMixin, ConfigMixin):
 
     def steps(self, grid: Sequence[int], num_steps: int = 50, annealing: StepAnnealing | None = None) -> list[int]:
         """Steps of the solver for every entity."""
-        count = len(self.plan(grid).sizes)
-        return [num_steps] * count if annealing is None else annealing.table(count)
+        return solver_steps(len(self.plan(grid).sizes), num_steps, annealing)
 
     def num_calls(self, grid: Sequence[int], num_steps: int = 50, annealing: StepAnnealing | None = None) -> int:
         """Calls of the trunk for a picture."""
@@ -86,12 +86,13 @@ class NextXDecoding(SchedulerMixin, ConfigMixin):
         index: Tensor,
         plan: EntityPlan,
         positions: PositionTable | None = None,
+        trunk: Trunk | None = None,
     ) -> Tensor:
         """Velocities [B, M, C] of noisy tokens, in one pass without a cache: an entity sees itself and those before it, noisy as
         they are (Noisy Context Learning, section 3.3).
 
         tokens: [B, M, C], the first E entities of `plan`. index: of their times, [E] or [B, E]. positions: the table of the whole
-        plan, to spare making it.
+        plan, to spare making it. trunk: a compiled form of the model's.
         """
         words, length = condition.length, tokens.shape[1]
         if positions is None:
@@ -99,7 +100,7 @@ class NextXDecoding(SchedulerMixin, ConfigMixin):
         segments = plan.segments(tokens.device)[:length]
         index = index.to(tokens.device).expand(len(tokens), -1)
         mask = _visible(segments, condition)
-        return model(tokens, index, condition, positions[: words + length], segments, mask)
+        return model(tokens, index, condition, positions[: words + length], segments, mask, trunk)
 
     @torch.no_grad()
     def __call__(
@@ -146,34 +147,13 @@ class NextXDecoding(SchedulerMixin, ConfigMixin):
                 break
             stop = start + size
             scale = guidance.scale_at(entity, len(steps)) if guided and guidance is not None else 1.0
+            # before anything is in the cache, null rows that do not guide are not needed
             stream.begin(tokens[:, :start], size, scale > 1.0 or entity > 0 or words > 0)
-            index = time_index(self.solver.times(count)).to(device)
-            asked: list[Tensor] = []
-            answered: list[Tensor] = []
-
-            def velocity(x: Tensor, call: int, time: float) -> Tensor:
-                values = stream(x, index[call : call + 1])
-                if record:
-                    asked.append(x)
-                    answered.append(values)
-                if len(values) == batch:
-                    return values
-                if scale > 1.0 and time <= guidance.high:
-                    return guidance.combine(values.to(x.dtype), entity, len(steps))
-                return values[:batch]
-
-            drawn = self.solver(
-                velocity,
-                noise.draw(size, channels),
-                num_steps=count,
-                step_noise=lambda step: noise.draw(size, channels),
-            )
-            tokens[:, start:stop] = drawn
+            combine = partial(guidance.combine, step=entity, steps=len(steps)) if scale > 1.0 and guidance else None
+            high = guidance.high if guidance is not None else 1.0
+            tokens[:, start:stop] = self._draw(stream, count, noise, combine, high, output)
             output.num_calls += self.solver.num_calls(count)
             output.steps = entity + 1
-            if record:
-                output.states.append(torch.stack(asked))
-                output.velocities.append(torch.stack(answered))
             if callback is not None:
                 replacement = callback(entity, _picture(plan, tokens, stop))
                 if replacement is not None:
@@ -182,6 +162,37 @@ class NextXDecoding(SchedulerMixin, ConfigMixin):
             start = stop
         output.latents = _picture(plan, tokens, start)
         return output
+
+    def _draw(
+        self,
+        stream: _EntityStream,
+        steps: int,
+        noise: GaussianNoise,
+        combine: Callable[[Tensor], Tensor] | None,
+        high: float,
+        output: NextXOutput,
+    ) -> Tensor:
+        """The next entity [B, n, C]. combine: the guidance of flow times up to `high`. What `output` records is appended."""
+        batch, shape = noise.batch, (stream.size, stream.model.latent_channels)
+        index = time_index(self.solver.times(steps)).to(noise.device)
+        asked: list[Tensor] = []
+        answered: list[Tensor] = []
+
+        def velocity(x: Tensor, call: int, time: float) -> Tensor:
+            values = stream(x, index[call : call + 1])
+            if output.states is not None:
+                asked.append(x)
+                answered.append(values)
+            if combine is None or time > high:
+                return values[:batch]
+            return combine(values.to(x.dtype))
+
+        start = noise.draw(*shape)
+        drawn = self.solver(velocity, start, num_steps=steps, step_noise=lambda step: noise.draw(*shape))
+        if output.states is not None and output.velocities is not None:
+            output.states.append(torch.stack(asked))
+            output.velocities.append(torch.stack(answered))
+        return drawn
 
 
 def _picture(plan: EntityPlan, tokens: Tensor, done: int) -> Tensor:

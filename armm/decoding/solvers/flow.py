@@ -60,7 +60,9 @@ class FlowSolver:
         if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < self.min_steps:
             raise ValueError(f"num_steps must be an integer of at least {self.min_steps} for {self}, got {num_steps!r}")
         if self.method == "euler_maruyama":
-            return torch.cat([_linspace(1.0, self.last_time, num_steps), torch.zeros(1, dtype=torch.float64, device="cpu")])
+            return torch.cat(
+                [_linspace(1.0, self.last_time, num_steps), torch.zeros(1, dtype=torch.float64, device="cpu")]
+            )
         if self.grid == "uniform" or num_steps == UNIFORM_FROM:
             return _linspace(1.0, 0.0, num_steps + 1)
         half = num_steps // 2

@@ -35,7 +35,9 @@ class GaussianNoise:
             if items and all(isinstance(item, Tensor) for item in items):
                 self.recorded = iter(items)
             elif not items or any(not isinstance(item, torch.Generator) for item in items):
-                raise TypeError("noise must be a torch.Generator, a list of them with one per sample, a list of tensors, or None")
+                raise TypeError(
+                    "noise must be a torch.Generator, a list of them with one per sample, a list of tensors, or None"
+                )
             elif len(items) != batch:
                 raise ValueError(f"got {len(items)} generators for a batch of {batch}; give one per sample")
             else:
