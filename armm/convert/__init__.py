@@ -22,6 +22,7 @@ from .containers import (
 FAMILIES: dict[str, str] = {
     "elm": "armm.convert.elm",
     "flowar": "armm.convert.flowar",
+    "himar": "armm.convert.himar",
     "kl": "armm.convert.kl",
     "larp": "armm.convert.larp",
     "llamagen": "armm.convert.llamagen",

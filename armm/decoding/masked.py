@@ -22,21 +22,34 @@ from armm.decoding.solvers.noise import GaussianNoise
 if TYPE_CHECKING:
     from armm.masked_latent_model import MaskedLatentModel
 
-__all__ = ["MaskedLatentDecoding", "MaskedLatentOutput", "PlacedNoise", "SchedulerMixin", "draw_tokens", "random_order"]
+__all__ = ["LatentPhase", "MaskedLatentDecoding", "MaskedLatentOutput", "PlacedNoise", "SchedulerMixin", "draw_tokens", "random_order"]
 
 
 @dataclass
 class MaskedLatentOutput:
     """tokens [B, N, C]; num_calls of encoder and decoder; steps done; head_calls: calls of the head in each of them. If recorded,
-    before each step: which positions were open, bool [B, N], the tokens [B, N, C], and the hidden states [rows, N, D]."""
+    before each step: which positions were open, bool [B, N], the tokens [B, N, C], and the hidden states [rows, N, D]. drawn_from
+    [B, N, D]: the (conditional) hidden states that each token was drawn from."""
 
     tokens: Tensor
     num_calls: int = 0
     steps: int = 0
+    drawn_from: Tensor | None = None
     head_calls: list[int] = field(default_factory=list)
     open: list[Tensor] = field(default_factory=list)
     states: list[Tensor] = field(default_factory=list)
     hidden: list[Tensor] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class LatentPhase:
+    """What the loop needs to know of a model that draws more than one kind of tokens: how many of them there are and how wide they
+    are, the head that denoises them, and states(tokens [R, N, C], kept [R, K], rows) -> hidden [R, N, D]."""
+
+    num_tokens: int
+    token_channels: int
+    head: torch.nn.Module
+    states: Callable[[Tensor, Tensor, Condition], Tensor]
 
 
 class PlacedNoise:
@@ -62,6 +75,7 @@ class MaskedLatentDecoding(SchedulerMixin, ConfigMixin):
     """A fixed number of steps, each of which draws the tokens at the end of what is open of a random order. A component of a
     pipeline, like a scheduler.
 
+    A head that denoises all tokens of a picture together draws all open positions at each step; those that stay open are drawn again.
     After step k of K, floor(open at first * schedule((k + 1) / K)) positions are still open, at least one and fewer than before.
     Guidance is a function of the share of the tokens that are done (tokens are its steps), but in the last step of all but one.
 
@@ -106,7 +120,7 @@ class MaskedLatentDecoding(SchedulerMixin, ConfigMixin):
     @torch.no_grad()
     def __call__(
         self,
-        model: MaskedLatentModel,
+        model: MaskedLatentModel | LatentPhase,
         condition: Condition,
         null_condition: Condition | None = None,
         *,
@@ -115,7 +129,7 @@ class MaskedLatentDecoding(SchedulerMixin, ConfigMixin):
         annealing: StepAnnealing | None = None,
         temperature: float = 1.0,
         guidance: Guidance | None = None,
-        noise: GaussianNoise | torch.Generator | Sequence[torch.Generator] | Tensor | None = None,
+        noise: GaussianNoise | torch.Generator | Sequence[torch.Generator] | Sequence[Tensor] | Tensor | None = None,
         orders: Tensor | None = None,
         known_tokens: Tensor | None = None,
         known_mask: Tensor | None = None,
@@ -127,13 +141,16 @@ class MaskedLatentDecoding(SchedulerMixin, ConfigMixin):
 
         null_condition: as many rows, needed with active guidance. num_inference_steps, head_steps: in place of the configured
         ones; annealing: says the steps of the head for each step instead. temperature: of the noise in the head's steps. noise: one
-        generator, one per sample, or recorded noise [B, 1 + M, N, C], see `PlacedNoise`. orders: int64 [B, N], permutations of the
+        generator, one per sample, or recorded noise: [B, 1 + M, N, C], see `PlacedNoise`, or a list in the order of the
+        draws. orders: int64 [B, N], permutations of the
         positions; the last ones are drawn first. known_tokens [B, N, C], known_mask bool [B, N]: tokens that are given where the
         mask is True, in every row equally many. callback(step, tokens): after each step, 0 at open positions; it may return their
         replacement. interrupt: asked before every step, True ends the loop. record: keep what was open, the tokens and the states.
         """
-        wake(model)
+        if isinstance(model, torch.nn.Module):
+            wake(model)
         batch, length, channels = condition.batch, model.num_tokens, model.token_channels
+        states = model.states if isinstance(model, LatentPhase) else model
         device = condition.embeds.device
         tokens = torch.zeros(batch, length, channels, device=device)
         is_open = torch.ones(batch, length, dtype=torch.bool, device=device)
@@ -146,6 +163,7 @@ class MaskedLatentDecoding(SchedulerMixin, ConfigMixin):
         schedule = self.head_schedule(steps, head_steps, annealing)
         guided = check_guided(guidance, condition, null_condition)
         rows = concatenate([condition, null_condition]) if guided else condition  # type: ignore[list-item]
+        copies = rows.batch // batch
         source: GaussianNoise | PlacedNoise
         if isinstance(noise, Tensor):
             source = PlacedNoise(noise, batch, length, channels)
@@ -159,16 +177,23 @@ class MaskedLatentDecoding(SchedulerMixin, ConfigMixin):
                 break
             kept = order[:, now:].sort(1).values
             places = order[:, following:now].sort(1).values
-            doubled = kept.repeat(rows.batch // batch, 1)
-            hidden = model(tokens.repeat(rows.batch // batch, 1, 1), doubled, rows)
+            is_open = torch.ones_like(is_open).scatter(1, kept, False)
+            hidden = states(tokens.repeat(copies, 1, 1), kept.repeat(copies, 1), rows)
             if record:
-                output.open.append(torch.ones_like(is_open).scatter(1, kept, False))
+                output.open.append(is_open)
                 output.states.append(tokens.clone())
                 output.hidden.append(hidden)
+            if output.drawn_from is None:
+                output.drawn_from = hidden.new_zeros(batch, length, hidden.shape[2])
+            drawn_from = places[..., None].expand(-1, -1, hidden.shape[2])
+            output.drawn_from = output.drawn_from.scatter(1, drawn_from, hidden[:batch].gather(1, drawn_from))
+            joint = {"known": tokens, "known_mask": ~is_open[..., None]} if model.head.joint else {}
+            if joint:
+                places = torch.arange(length, device=device).expand(batch, -1)
             drawn = draw_tokens(
                 self.solver,
                 model.head,
-                _gather(hidden, places.repeat(rows.batch // batch, 1)),
+                _gather(hidden, places.repeat(copies, 1)),
                 places,
                 source,
                 channels,
@@ -176,8 +201,12 @@ class MaskedLatentDecoding(SchedulerMixin, ConfigMixin):
                 guidance if guided else None,
                 (first_open - max(following, 1) - 1, first_open),
                 **schedule[step],
+                **joint,
             )
-            tokens = tokens.scatter(1, places[..., None].expand(-1, -1, channels), drawn)
+            if joint:
+                tokens = torch.where(is_open[..., None], drawn, tokens)
+            else:
+                tokens = tokens.scatter(1, places[..., None].expand(-1, -1, channels), drawn)
             output.num_calls += 1
             output.steps = step + 1
             output.head_calls.append(self.solver.num_calls(**schedule[step]))

@@ -39,6 +39,7 @@ class _Denoiser(nn.Module):
     """What both heads have: projections in, an embedding of the timestep, an adaptive projection out."""
 
     num_states = 1
+    joint = False  # whether a token is denoised in sight of the others
 
     def __init__(self, dim: int, channels: int, width: int, learned_variance: bool, norm_eps: float) -> None:
         super().__init__()
@@ -122,6 +123,8 @@ class DiffusionTransformerHead(_Denoiser):
         positions: how many tokens it sees, each with a learned position.
         width, depth, num_heads, mlp_hidden: of the transformer; mlp_hidden defaults to 4 * width.
     """
+
+    joint = True
 
     def __init__(
         self,
