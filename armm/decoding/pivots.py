@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["PivotLatentDecoding", "PivotLatentOutput", "SchedulerMixin"]
 
-Noise = GaussianNoise | torch.Generator | Sequence[torch.Generator] | Sequence[Tensor] | Tensor
+Noise: TypeAlias = GaussianNoise | torch.Generator | Sequence[torch.Generator] | Sequence[Tensor] | Tensor
 
 
 @dataclass

@@ -30,9 +30,9 @@ def respaced_timesteps(num_steps: Steps, total: int = 1000) -> list[int]:
     """
     if isinstance(num_steps, str) and num_steps.startswith("ddim"):
         wanted = _number(num_steps.removeprefix("ddim"), num_steps)
-        for stride in range(1, total):
-            if len(range(0, total, stride)) == wanted:
-                return list(range(0, total, stride))
+        for whole in range(1, total):
+            if len(range(0, total, whole)) == wanted:
+                return list(range(0, total, whole))
         raise ValueError(f"num_steps {num_steps!r}: no whole stride gives exactly {wanted} of {total} timesteps")
     if isinstance(num_steps, str):
         sections = [_number(part, num_steps) for part in num_steps.split(",")]
