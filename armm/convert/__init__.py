@@ -20,6 +20,7 @@ from .containers import (
 
 # Family -> the module with its `convert` and `load_single_file`.
 FAMILIES: dict[str, str] = {
+    "chameleon": "armm.convert.chameleon",
     "elm": "armm.convert.elm",
     "flowar": "armm.convert.flowar",
     "himar": "armm.convert.himar",
