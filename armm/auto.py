@@ -25,10 +25,13 @@ TASKS: dict[str, tuple[str, str, str]] = {
 # Family -> (module, pipeline class).
 FAMILY_PIPELINES: dict[str, tuple[str, str]] = {
     "llamagen": ("pipelines.llamagen", "LlamaGenPipeline"),
+    "chameleon": ("pipelines.chameleon", "ChameleonPipeline"),
     "elm": ("pipelines.elm", "ELMPipeline"),
+    "lumina_mgpt": ("pipelines.lumina_mgpt", "LuminaMGPTPipeline"),
     "mar": ("pipelines.mar", "MARPipeline"),
     "nar": ("pipelines.nar", "NARPipeline"),
     "par": ("pipelines.par", "PARPipeline"),
+    "pure": ("pipelines.pure", "PUREPipeline"),
     "var": ("pipelines.var", "VARPipeline"),
     "xar": ("pipelines.xar", "XARPipeline"),
     "flowar": ("pipelines.flowar", "FlowARPipeline"),

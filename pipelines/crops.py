@@ -57,9 +57,7 @@ def best_crop(size: tuple[int, int], sizes: Sequence[tuple[int, int]]) -> tuple[
     return max((kept(crop), crop) for crop in sizes)[1]
 
 
-def crop_to(
-    image: PIL.Image.Image, size: tuple[int, int], generator: torch.Generator | None = None
-) -> PIL.Image.Image:
+def crop_to(image: PIL.Image.Image, size: tuple[int, int], generator: torch.Generator | None = None) -> PIL.Image.Image:
     """A picture of `size` (width, height) out of `image`: halved while it is twice as large, scaled to cover, cropped.
 
     generator: draws the place of the crop, as in training; None takes the middle.

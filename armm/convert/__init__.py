@@ -27,9 +27,11 @@ FAMILIES: dict[str, str] = {
     "kl": "armm.convert.kl",
     "larp": "armm.convert.larp",
     "llamagen": "armm.convert.llamagen",
+    "lumina_mgpt": "armm.convert.lumina_mgpt",
     "mar": "armm.convert.mar",
     "nar": "armm.convert.nar",
     "par": "armm.convert.par",
+    "pure": "armm.convert.pure",
     "var": "armm.convert.var",
     "xar": "armm.convert.xar",
 }

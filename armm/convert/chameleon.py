@@ -63,7 +63,10 @@ _OURS = "trunk.blocks.{i}."
 _HF = "model.layers.{i}."
 HF_RULES: tuple[Rule, ...] = (
     Rule("model.embed_tokens.weight", "token_embedding.weight"),
-    *(Rule(f"{_HF}self_attn.{a}_proj.weight", f"{_OURS}attention.to_{b}.weight") for a, b in zip("qkvo", ("q", "k", "v", "out"))),
+    *(
+        Rule(f"{_HF}self_attn.{a}_proj.weight", f"{_OURS}attention.to_{b}.weight")
+        for a, b in zip("qkvo", ("q", "k", "v", "out"), strict=True)
+    ),
     Rule(_HF + "self_attn.q_norm.{leaf}", _OURS + "attention.query_norm.{leaf}", _for_heads("num_heads")),
     Rule(_HF + "self_attn.k_norm.{leaf}", _OURS + "attention.key_norm.{leaf}", _for_heads("num_kv_heads")),
     *(Rule(f"{_HF}mlp.{part}_proj.weight", f"{_OURS}mlp.{part}.weight") for part in ("gate", "up", "down")),
@@ -76,10 +79,16 @@ _META = "layers.{i}."
 META_RULES: tuple[Rule, ...] = (
     Rule("rope.freqs", None),  # the rotary frequencies, recomputed
     Rule("tok_embeddings.weight", "token_embedding.weight"),
-    *(Rule(f"{_META}attention.w{a}.weight", f"{_OURS}attention.to_{b}.weight") for a, b in zip("qkvo", ("q", "k", "v", "out"))),
+    *(
+        Rule(f"{_META}attention.w{a}.weight", f"{_OURS}attention.to_{b}.weight")
+        for a, b in zip("qkvo", ("q", "k", "v", "out"), strict=True)
+    ),
     Rule(_META + "attention.q_normalization.{leaf}", _OURS + "attention.query_norm.{leaf}", _for_heads("num_heads")),
     Rule(_META + "attention.k_normalization.{leaf}", _OURS + "attention.key_norm.{leaf}", _for_heads("num_kv_heads")),
-    *(Rule(f"{_META}feed_forward.w{n}.weight", f"{_OURS}mlp.{b}.weight") for n, b in ((1, "gate"), (3, "up"), (2, "down"))),
+    *(
+        Rule(f"{_META}feed_forward.w{n}.weight", f"{_OURS}mlp.{b}.weight")
+        for n, b in ((1, "gate"), (3, "up"), (2, "down"))
+    ),
     Rule(_META + "attention_norm.weight", _OURS + "attention_norm.weight"),
     Rule(_META + "ffn_norm.weight", _OURS + "mlp_norm.weight"),
     Rule("norm.weight", "trunk.norm.weight"),
@@ -130,10 +139,14 @@ def convert_state_dict(
     if "model.embed_tokens.weight" in state:
         state = {name: tensor for name, tensor in state.items() if not name.startswith(_VQ)}
         rules = HF_RULES
-        arguments = transformer_arguments(state, options, "model.", "self_attn.{}_proj", "self_attn.{}_norm", "half_split")
+        arguments = transformer_arguments(
+            state, options, "model.", "self_attn.{}_proj", "self_attn.{}_norm", "half_split"
+        )
     elif "tok_embeddings.weight" in state:
         rules = META_RULES
-        arguments = transformer_arguments(state, options, "", "attention.w{}", "attention.{}_normalization", "interleaved")
+        arguments = transformer_arguments(
+            state, options, "", "attention.w{}", "attention.{}_normalization", "interleaved"
+        )
     else:
         names = ["model.embed_tokens.weight", "tok_embeddings.weight", "quantize.embedding.weight"]
         raise CheckpointKeysError(
@@ -161,7 +174,9 @@ def transformer_arguments(
     width = f"{layer}{norm.format('q')}.weight"
     head_dim = shape(state, width, 2)[1] if width in state else None
     if head_dim is None and "num_heads" not in options:
-        raise ValueError("without query norms the file does not say how many heads there are: pass config={'num_heads': ...}.")
+        raise ValueError(
+            "without query norms the file does not say how many heads there are: pass config={'num_heads': ...}."
+        )
     head_dim = head_dim or dim // options["num_heads"]
     if any(size % head_dim for size in rows.values()) or head_dim % 2:
         raise CheckpointShapeError(f"projections of {rows} rows cannot be made of heads of {head_dim}.")
@@ -206,10 +221,14 @@ def published_config(folder: Path, shards: int = 1) -> dict[str, Any]:
         values = read_json(folder / "config.json")
         rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
         if rope.get("rope_type", rope.get("type", "default")) != "default":
-            raise CheckpointError(f"{folder / 'config.json'} asks for scaled rotary positions ({rope}), which Chameleon has not.")
+            raise CheckpointError(
+                f"{folder / 'config.json'} asks for scaled rotary positions ({rope}), which Chameleon has not."
+            )
         values.setdefault("rope_theta", rope.get("rope_theta"))
     elif shards > 1:
-        raise CheckpointError(f"{folder} lacks params.json, which says where the norms of a model of {shards} parts stand.")
+        raise CheckpointError(
+            f"{folder} lacks params.json, which says where the norms of a model of {shards} parts stand."
+        )
     else:
         return {}
     named = {OPTION_NAMES.get(name, name): value for name, value in values.items() if value is not None}
@@ -241,7 +260,9 @@ def merge_shards(states: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torc
     names = set(states[0])
     different = sorted(names.symmetric_difference(*states[1:])) if len(states) > 1 else []
     if different:
-        raise CheckpointKeysError(f"the parts do not hold the same tensors: {', '.join(different[:8])}.", missing=different)
+        raise CheckpointKeysError(
+            f"the parts do not hold the same tensors: {', '.join(different[:8])}.", missing=different
+        )
     merged = {}
     for name in states[0]:
         parts = [state[name] for state in states]
@@ -349,7 +370,9 @@ def load_components(
     if not isinstance(transformer, AutoregressiveModel):
         raise ValueError(f"{path} holds a tokenizer, not a transformer: pass it as `tokenizer=`.")
     if not isinstance(tokenizer, VQTokenizer):
-        tokenizer = load_tokenizer(local if tokenizer is None else tokenizer, dtype=dtype_of("tokenizer"), **hub_options)
+        tokenizer = load_tokenizer(
+            local if tokenizer is None else tokenizer, dtype=dtype_of("tokenizer"), **hub_options
+        )
     words, vocabulary = load_words(local, text_tokenizer, **hub_options)
     block = image_block(vocabulary, vocab_size=transformer.vocab_size, num_codes=tokenizer.codebook_size, **layout)
     return {
@@ -392,7 +415,9 @@ def load_words(local: Path, given: Any = None, **hub_options: Any) -> tuple[BPET
         raise CheckpointError(f"{given} holds no text_tokenizer.json and no tokenizer.json.")
     if (folder / "config.json").is_file():
         return None, read_vocabulary(folder / "config.json")
-    raise CheckpointError(f"there is no text tokenizer beside {local}: pass `text_tokenizer=` (the authors' text_tokenizer.json).")
+    raise CheckpointError(
+        f"there is no text tokenizer beside {local}: pass `text_tokenizer=` (the authors' text_tokenizer.json)."
+    )
 
 
 def load_single_file(

@@ -27,7 +27,9 @@ def read_vocabulary(path: Any) -> dict[str, int]:
     content = read_json(path)
     words = content.get("vocabulary_map") or (content.get("model") or {}).get("vocab")
     if not isinstance(words, Mapping) or not words:
-        raise CheckpointError(f"{path} holds no vocabulary: neither model.vocab (tokenizers) nor vocabulary_map (config.json).")
+        raise CheckpointError(
+            f"{path} holds no vocabulary: neither model.vocab (tokenizers) nor vocabulary_map (config.json)."
+        )
     added = {token["content"]: token["id"] for token in content.get("added_tokens") or []}
     return {**words, **added}
 

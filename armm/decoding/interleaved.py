@@ -184,5 +184,3 @@ def _lengths(ids: Tensor, stops: Tensor) -> Tensor:
     """Tokens of each row [B] up to and including its first stop token."""
     before = torch.isin(ids, stops).int().cumsum(1).eq(0).sum(1)
     return (before + 1).clamp(max=ids.shape[1])
-
-

@@ -46,7 +46,9 @@ class ImageBlock:
         if len(ids.unique()) != len(ids):
             raise ValueError(f"codes must give each code an id of its own, got the overlapping runs {list(self.codes)}")
         if (self.grid is None) == (self.size is None):
-            raise ValueError("an image block has either sizes in the sequence (size) or one grid: give exactly one of them")
+            raise ValueError(
+                "an image block has either sizes in the sequence (size) or one grid: give exactly one of them"
+            )
         if self.grid is not None:
             object.__setattr__(self, "grid", (int(self.grid[0]), int(self.grid[1])))
         if self.size is not None and self.max_size < 1:
@@ -62,7 +64,11 @@ class ImageBlock:
 
     def to_dict(self) -> dict[str, Any]:
         values = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return {**values, "codes": [list(run) for run in self.codes], "grid": None if self.grid is None else list(self.grid)}
+        return {
+            **values,
+            "codes": [list(run) for run in self.codes],
+            "grid": None if self.grid is None else list(self.grid),
+        }
 
     # Ids and codes.
 
@@ -84,7 +90,9 @@ class ImageBlock:
     def to_ids(self, codes: Tensor) -> Tensor:
         """Codes of any shape -> ids."""
         if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) >= self.num_codes):
-            raise ValueError(f"codes must lie in 0 .. {self.num_codes - 1}, got {int(codes.min())} .. {int(codes.max())}")
+            raise ValueError(
+                f"codes must lie in 0 .. {self.num_codes - 1}, got {int(codes.min())} .. {int(codes.max())}"
+            )
         return self.code_ids.to(codes.device)[codes]
 
     def to_codes(self, ids: Tensor) -> Tensor:

@@ -100,7 +100,8 @@ def lumina_run(model: AutoregressiveModel, case: Case, name: str, run: dict[str,
     opening = torch.tensor([block.opening(grid)])
     noise = UniformSource(io[f"{name}.uniforms"][None]) if run["do_sample"] else None
     samplers = {
-        part: Sampler(run["temperature"], top_k=run[f"{part}_top_k"], do_sample=run["do_sample"]) for part in ("text", "image")
+        part: Sampler(run["temperature"], top_k=run[f"{part}_top_k"], do_sample=run["do_sample"])
+        for part in ("text", "image")
     }
     output = InterleavedDecoding()(
         model,
@@ -256,7 +257,11 @@ def cannot_matter(name: str, tensor: torch.Tensor) -> str | None:
     if local.startswith(("encoder.", "decoder.")) and len(tensor) == GROUPS:
         if ".conv1." in local:
             return "its output goes into a group norm with one channel a group, which drops each channel's scale and offset"
-        if local.endswith(".bias") and local.startswith("decoder.up.0.") and local.split(".")[-2] in ("conv2", "nin_shortcut"):
+        if (
+            local.endswith(".bias")
+            and local.startswith("decoder.up.0.")
+            and local.split(".")[-2] in ("conv2", "nin_shortcut")
+        ):
             return "a constant in each channel of what is only read through group norms with one channel a group"
     return None
 

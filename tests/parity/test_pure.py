@@ -22,7 +22,8 @@ from armm.model import AutoregressiveModel
 from pipelines.color_fix import adain_color_fix, wavelet_color_fix
 
 CASES = [
-    pytest.param(Case(path.parent), id=path.parent.name) for path in sorted((parity_root() / "pure").rglob("io.safetensors"))
+    pytest.param(Case(path.parent), id=path.parent.name)
+    for path in sorted((parity_root() / "pure").rglob("io.safetensors"))
 ]
 RUNS = [case for case in CASES if "runs" in case.values[0].config]
 RULES = [case for case in CASES if "runs" not in case.values[0].config]
@@ -69,7 +70,9 @@ def run(model: AutoregressiveModel, case: Case, name: str) -> tuple[SequenceOutp
     """A restoration, and how many candidates each draw had."""
     io, config, options = case.io, case.config, case.config["runs"][name]
     block = image_block(
-        read_vocabulary(case.path / "checkpoint" / "config.json"), vocab_size=model.vocab_size, cells=config["latents_per_grid"]
+        read_vocabulary(case.path / "checkpoint" / "config.json"),
+        vocab_size=model.vocab_size,
+        cells=config["latents_per_grid"],
     )
     grammar = Grammar(block, model.vocab_size, check_sizes=False)
     grid = (options["grid_h"] * block.cells, options["grid_w"] * block.cells)
@@ -119,7 +122,9 @@ def test_every_recorded_array_is_reproduced(case):
     found = list(run_checks(case, convert("chameleon", case.path / "checkpoint")) if has_model else rule_checks(case))
     assert not all_problems(iter(found))
     given = {name for name in case.io if name in INPUTS or name.endswith(".uniforms")}
-    assert {check.name for check in found if check.name != "contexts"} | given == set(case.io), "an array is not checked"
+    assert {check.name for check in found if check.name != "contexts"} | given == set(case.io), (
+        "an array is not checked"
+    )
 
 
 @pytest.mark.parametrize("case", RUNS)
