@@ -13,8 +13,9 @@ from diffusers.utils.doc_utils import replace_example_docstring
 from armm.decoding.guidance import ContextGuidance
 from armm.decoding.sampling import Sampler
 
+from .conversation import IMAGE
 from .crops import square
-from .interleaved import IMAGE, InterleavedPipeline
+from .interleaved import InterleavedPipeline
 from .outputs import ARPipelineOutput
 
 __all__ = ["ChameleonPipeline", "DiffusionPipeline"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
-import numpy as np
 import PIL.Image
 import torch
 from diffusers import DiffusionPipeline
@@ -22,12 +21,11 @@ from tokenizers_visual.vq_tokenizer import VQTokenizer
 
 from .base import ARPipeline
 from .bpe import BPETokenizer
+from .conversation import IMAGE, conversation, encode_text, picture
 from .crops import on_white, to_pixels
 from .outputs import ARInterleavedOutput, ARTextOutput
 
 __all__ = ["DiffusionPipeline", "IMAGE", "InterleavedPipeline"]
-
-IMAGE = "<|image|>"  # stands for an image in a text
 
 
 class InterleavedPipeline(ARPipeline):
@@ -106,45 +104,13 @@ class InterleavedPipeline(ARPipeline):
 
     def encode_text(self, text: str, images: Sequence[list[int]] = ()) -> list[int]:
         """Ids of a text, `<|image|>` in it replaced by the blocks `images` in their order; images not mentioned come first."""
-        if not isinstance(text, str):
-            raise TypeError(f"a text must be a string, got {type(text).__name__}.")
-        missing = len(images) - text.count(IMAGE)
-        if missing < 0:
-            raise ValueError(f"the text mentions {text.count(IMAGE)} images ({IMAGE}), but {len(images)} are given.")
-        text = f"{IMAGE} " * missing + text
-        words, blocks = self.words(), iter(images)
-        placeholder = words.id_of(IMAGE)
-        if placeholder is not None:
-            return [
-                token for index in words.encode(text) for token in (next(blocks) if index == placeholder else [index])
-            ]
-        pieces = [words.encode(piece) if piece else [] for piece in text.split(IMAGE)]
-        ids = list(pieces[0])
-        for piece in pieces[1:]:
-            ids += [*next(blocks), *piece]
-        return ids
+        return encode_text(self.words(), text, images)
 
     def encode_turns(self, turns: Any) -> list[int]:
         """The prompt of a conversation: the start id, then each turn, closed by the end of a turn."""
-        if isinstance(turns, (str, PIL.Image.Image)) or not isinstance(turns, Sequence) or not turns:
-            raise TypeError("a conversation must be a non-empty list of turns: texts, images, or lists of both.")
         ids = [self.start_id]
-        for turn in turns:
-            content = turn.get("content") if isinstance(turn, Mapping) else turn
-            parts = (
-                [content]
-                if isinstance(content, (str, PIL.Image.Image)) or not isinstance(content, Sequence)
-                else content
-            )
-            parts = [_part(part) for part in parts]
-            blocks = [self.encode_image(part) for part in parts if not isinstance(part, str)]
-            marks = [part if isinstance(part, str) else IMAGE for part in parts]
-            text = "".join(marks)
-            # Images that a text already mentions are not written twice.
-            named = sum(part.count(IMAGE) for part in parts if isinstance(part, str))
-            if named:
-                text = "".join(part for part in parts if isinstance(part, str))
-            ids += [*self.encode_text(text, blocks), self.turn_id]
+        for text, images in conversation(turns):
+            ids += [*self.encode_text(text, [self.encode_image(image) for image in images]), self.turn_id]
         return ids
 
     # ------------------------------------------------------------------ images
@@ -161,7 +127,7 @@ class InterleavedPipeline(ARPipeline):
     def encode_image(self, image: Any) -> list[int]:
         """The ids that stand for a PIL image, an array [H, W, 3] or a tensor [3, H, W] (uint8, or floats in [0, 1])."""
         weight = next(self.tokenizer.parameters())
-        pixels = to_pixels(self.prepare_image(on_white(_picture(image)))).to(self._execution_device, weight.dtype)
+        pixels = to_pixels(self.prepare_image(on_white(picture(image)))).to(self._execution_device, weight.dtype)
         codes = self.tokenizer.encode(pixels)
         return self.block.write(codes.ids[0].cpu(), codes.grid[1:])
 
@@ -449,31 +415,3 @@ class InterleavedPipeline(ARPipeline):
         if not isinstance(prompts, (list, tuple)) or not prompts or not all(isinstance(text, str) for text in prompts):
             raise TypeError(f"`prompt` must be a string or a non-empty list of strings, got {prompt!r}.")
         return list(prompts)
-
-
-def _part(part: Any) -> Any:
-    """A piece of a turn: a text or an image, also as {"type": "text", "text": ...} or {"type": "image", "image": ...}."""
-    if isinstance(part, Mapping):
-        kind = part.get("type")
-        if kind not in ("text", "image") or kind not in part:
-            raise ValueError(
-                f"a part of a turn must be {{'type': 'text' or 'image', ...}} with that entry, got {dict(part)}"
-            )
-        return part[kind]
-    return part
-
-
-def _picture(image: Any) -> PIL.Image.Image:
-    if isinstance(image, PIL.Image.Image):
-        return image
-    if isinstance(image, torch.Tensor) and image.dim() == 3 and image.shape[0] == 3:
-        image = image.detach().cpu().permute(1, 2, 0).numpy()
-    if isinstance(image, np.ndarray) and image.ndim == 3 and image.shape[2] == 3:
-        if image.dtype == np.uint8:
-            return PIL.Image.fromarray(image)
-        if np.issubdtype(image.dtype, np.floating) and 0 <= image.min() and image.max() <= 1:
-            return PIL.Image.fromarray((image * 255).round().astype(np.uint8))
-    raise TypeError(
-        "an image must be a PIL image, an array [H, W, 3] or a tensor [3, H, W], uint8 or floats in [0, 1], got "
-        f"{type(image).__name__}."
-    )

@@ -16,8 +16,8 @@ from armm.decoding.sampling import Sampler
 from tokenizers_visual.codes import Codes
 
 from .color_fix import COLOR_FIXES
+from .conversation import IMAGE, picture
 from .crops import on_white
-from .interleaved import IMAGE, _picture
 from .lumina_mgpt import LuminaMGPTPipeline
 from .outputs import ARRestorationOutput
 
@@ -115,7 +115,7 @@ class PUREPipeline(LuminaMGPTPipeline):
         given = list(image) if isinstance(image, (list, tuple)) else [image]
         if not given:
             raise ValueError("`image` is an empty list: give at least one picture.")
-        inputs = [self.prepare_image(on_white(_picture(item))) for item in given]
+        inputs = [self.prepare_image(on_white(picture(item))) for item in given]
         prompts = [self.describe_prompt(self.encode_image(item), QUESTION) for item in inputs]
         output = self.continue_prompts(
             prompts,

@@ -19,13 +19,12 @@ from armm.convert import convert
 from armm.convert.chameleon import (
     HF_RULES,
     META_RULES,
-    convert_tokenizer,
     head_counts,
     load_tokenizer,
     merge_shards,
     meta_shards,
-    tokenizer_rules,
 )
+from armm.convert.chameleon_tokenizer import convert_tokenizer, tokenizer_rules
 from armm.convert.chameleon_vocabulary import image_block, read_vocabulary
 from armm.convert.containers import load_state_dict
 from armm.convert.folders import load_folder
