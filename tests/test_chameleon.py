@@ -184,7 +184,7 @@ def test_crops():
     assert all(width * height <= 16 * 16 and max(width, height) <= 4 * min(width, height) for width, height in sizes)
     assert best_crop((100, 100), sizes) == (16, 16) and best_crop((400, 100), sizes) == (32, 8)
     assert crop_to(picture(50, 13), (32, 8)).size == (32, 8)
-    drawn = [crop_to(picture(50, 13), (32, 8), torch.Generator().manual_seed(seed)).tobytes() for seed in range(6)]
+    drawn = [crop_to(picture(50, 17), (32, 8), torch.Generator().manual_seed(seed)).tobytes() for seed in range(6)]
     assert len(set(drawn)) > 1
     clear = PIL.Image.new("RGBA", (2, 2), (10, 20, 30, 0))
     assert on_white(clear).getpixel((0, 0)) == (255, 255, 255)
@@ -372,8 +372,7 @@ def test_components_must_belong_together():
 
 
 def test_a_tokenizer_without_decoder_reads_only():
-    config = dict(tiny.tokenizer().config)
-    reader = armm.VQTokenizer.from_config({**config, "with_decoder": False})
+    reader = tiny.tokenizer(with_decoder=False)
     codes = reader.encode(torch.zeros(1, 3, 4, 4))
     with pytest.raises(ValueError, match="no decoder"):
         reader.decode(codes)

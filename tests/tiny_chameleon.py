@@ -1,4 +1,4 @@
-"""A tiny model of the Chameleon family for tests: sixteen codes, a few words, 2 x 2 pixels a code; and its files in the authors' layouts."""
+"""A tiny model of the Chameleon family for tests: sixteen codes, a few words, 2 x 2 pixels a code; its files in the authors' layouts."""
 
 from __future__ import annotations
 
@@ -66,11 +66,12 @@ def model(**transformer: Any) -> AutoregressiveModel:
     return made
 
 
-def tokenizer() -> VQTokenizer:
+def tokenizer(**options: Any) -> VQTokenizer:
     torch.manual_seed(4)
     return VQTokenizer(
         base_channels=8, encoder_multipliers=[1, 1], decoder_multipliers=[1, 1], num_res_blocks=1, z_channels=8,
         codebook_size=NUM_CODES, codebook_dim=4, l2_normalize=False, encoder_attention=False, decoder_attention=False, norm_groups=4,
+        **options,
     ).eval()  # fmt: skip
 
 
