@@ -15,6 +15,7 @@ import torch.nn.functional as F
 import armm
 from armm.convert import CheckpointError, CheckpointKeysError, convert
 from armm.convert.chameleon import META_RULES
+from armm.convert.chameleon_tokenizer import convert_tokenizer, tokenizer_rules
 from armm.convert.chameleon_vocabulary import code_of, code_runs, image_block
 from armm.decoding.next_token import NextTokenDecoding
 from armm.model import AutoregressiveModel
@@ -151,6 +152,18 @@ def test_a_missing_tokenizer_is_said(tmp_path):
     tiny.write_hf(tmp_path, tiny.model(rotary_layout="half_split"))
     with pytest.raises(CheckpointKeysError, match=r"give Meta's vqgan\.ckpt"):
         LuminaMGPTPipeline.from_single_file(tmp_path)
+
+
+def test_a_tokenizer_beside_its_trainers_loss():
+    made = tiny.tokenizer()
+    state = tiny.authors_state(made, tokenizer_rules(2))
+    read = convert_tokenizer({**state, "loss.discriminator.main.0.weight": torch.zeros(1)})
+    pixels = torch.randn(1, 3, 4, 4)
+    assert torch.equal(read(pixels)[0], made(pixels)[0])
+    encoder = {f"model.vqmodel.{name}": tensor for name, tensor in state.items() if not name.startswith("decoder.")}
+    assert convert_tokenizer(encoder).decoder is None
+    with pytest.raises(CheckpointKeysError, match="unknown"):
+        convert_tokenizer({**state, "head.weight": torch.zeros(1)})
 
 
 def test_a_pipeline_from_the_authors_files(tmp_path):
