@@ -10,6 +10,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from armm.condition import Condition
+from armm.decoding.base import wake
 from armm.decoding.cautious import PAUSES, CautiousSampler, decode_text_cautiously
 from armm.decoding.guidance import ContextGuidance
 from armm.decoding.interleaved import InterleavedDecoding
@@ -159,7 +160,7 @@ class InterleavedPipeline(ARPipeline):
         settings = {**self.generation_config, **{name: value for name, value in values.items() if value is not None}}
         for name, value in settings.items():
             if name.endswith("guidance_scale"):
-                self.check_number(name, value, low=-100)
+                self.check_number(name, value, low=0)
             elif name.endswith(("top_k", "max_new_tokens", "image_size")):
                 self.check_number(name, value, low=0, integer=True)
             elif name.endswith("top_p"):
@@ -274,6 +275,7 @@ class InterleavedPipeline(ARPipeline):
         sampler = CautiousSampler(
             temperature=text.temperature, top_k=text.top_k, top_p=text.top_p, pause_ids=tuple(sorted(pauses))
         )
+        wake(model)
         ids, mask = self.pad(prompts)
         real = torch.ones_like(ids) if mask is None else mask.long()
         index = (real.cumsum(1) - 1).clamp(min=0)

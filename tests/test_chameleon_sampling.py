@@ -172,6 +172,8 @@ def test_cautious_text_says_only_what_is_allowed():
     options = {"stop_ids": [42], "max_tokens": 9, "sampler": CautiousSampler(pause_ids=(41,))}
     output = decode_text_cautiously(made, prefix, allowed=allowed, noise=torch.Generator().manual_seed(0), **options)
     assert set(output.ids.flatten().tolist()) <= {40, 41, 42}
+    with pytest.raises(ValueError, match="whole continuations"):
+        CautiousSampler()(torch.zeros(1, 3))
     with pytest.raises(ValueError, match="one per sample"):
         decode_text_cautiously(made, prefix, noise=[torch.Generator()] * 2, **options)
     with pytest.raises(ValueError, match="at least one stop id"):

@@ -45,6 +45,11 @@ class CautiousSampler(Sampler):
         if not self.do_sample:
             raise ValueError("do_sample=False has one continuation only: use a plain Sampler")
 
+    def __call__(self, logits: Tensor, noise: Tensor | None = None, seen: Tensor | None = None) -> Tensor:
+        raise ValueError(
+            "a CautiousSampler draws whole continuations: use `decode_text_cautiously`, or a plain Sampler here"
+        )
+
     def trials(self, value: float) -> int:
         """How many continuations an entropy in nats calls for."""
         share = min(max((value - self.low) / (self.high - self.low), 0.0), 1.0)

@@ -107,7 +107,9 @@ class Sampler:
             if len(bounds) != 2 or any(not isinstance(k, int) for k in bounds) or not 1 <= bounds[0] <= bounds[1]:
                 raise ValueError(f"entropy_top_k must be None or (fewest, most), 1 <= fewest <= most, got {bounds!r}")
         if not 0 < self.repetition_penalty < float("inf"):
-            raise ValueError(f"repetition_penalty must be a finite number > 0 (1 = off), got {self.repetition_penalty!r}")
+            raise ValueError(
+                f"repetition_penalty must be a finite number > 0 (1 = off), got {self.repetition_penalty!r}"
+            )
 
     def filter(self, logits: Tensor, seen: Tensor | None = None) -> Tensor:
         """Temperature and filters on float32 logits [..., V]; removed entries are -inf. seen: bool [..., V], ids so far."""
