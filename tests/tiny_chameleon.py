@@ -95,7 +95,7 @@ def authors_state(module: torch.nn.Module, rules: tuple[Rule, ...]) -> dict[str,
     """The tensors of a module under the authors' names."""
     state = {}
     for name, tensor in module.state_dict().items():
-        source = next(found for rule in rules if (found := rule.source_of(name)))
+        source = next(found for rule in rules if len(rule.targets) == 1 and (found := rule.source_of(name)))
         state[source] = tensor.clone().contiguous()
     return state
 
