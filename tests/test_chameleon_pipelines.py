@@ -155,7 +155,7 @@ def test_a_missing_tokenizer_is_said(tmp_path):
 
 
 def test_a_tokenizer_beside_its_trainers_loss():
-    made = tiny.tokenizer()
+    made = tiny.tokenizer(base_channels=32, norm_groups=32)  # the family's groups
     state = tiny.authors_state(made, tokenizer_rules(2))
     read = convert_tokenizer({**state, "loss.discriminator.main.0.weight": torch.zeros(1)})
     pixels = torch.randn(1, 3, 4, 4)

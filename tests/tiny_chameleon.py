@@ -68,11 +68,12 @@ def model(**transformer: Any) -> AutoregressiveModel:
 
 def tokenizer(**options: Any) -> VQTokenizer:
     torch.manual_seed(4)
-    return VQTokenizer(
-        base_channels=8, encoder_multipliers=[1, 1], decoder_multipliers=[1, 1], num_res_blocks=1, z_channels=8,
-        codebook_size=NUM_CODES, codebook_dim=4, l2_normalize=False, encoder_attention=False, decoder_attention=False, norm_groups=4,
-        **options,
-    ).eval()  # fmt: skip
+    arguments = {
+        "base_channels": 8, "encoder_multipliers": [1, 1], "decoder_multipliers": [1, 1], "num_res_blocks": 1, "z_channels": 8,
+        "codebook_size": NUM_CODES, "codebook_dim": 4, "l2_normalize": False, "encoder_attention": False,
+        "decoder_attention": False, "norm_groups": 4,
+    }  # fmt: skip
+    return VQTokenizer(**{**arguments, **options}).eval()
 
 
 def pipeline(cls: type, block: ImageBlock, **generation_config: Any) -> Any:
