@@ -10,7 +10,7 @@ from typing import Any
 
 from armm import weights, zoo
 from armm.convert import family_module
-from armm.hub import converted_folder, fetch
+from armm.hub import converted_folder, fetch, fetch_snapshot
 from pipelines.base import ARPipeline
 from pipelines.loading import INDEX_NAME
 
@@ -25,11 +25,14 @@ TASKS: dict[str, tuple[str, str, str]] = {
 # Family -> (module, pipeline class).
 FAMILY_PIPELINES: dict[str, tuple[str, str]] = {
     "llamagen": ("pipelines.llamagen", "LlamaGenPipeline"),
+    "chameleon": ("pipelines.chameleon", "ChameleonPipeline"),
     "elm": ("pipelines.elm", "ELMPipeline"),
     "himar": ("pipelines.himar", "HiMARPipeline"),
+    "lumina_mgpt": ("pipelines.lumina_mgpt", "LuminaMGPTPipeline"),
     "mar": ("pipelines.mar", "MARPipeline"),
     "nar": ("pipelines.nar", "NARPipeline"),
     "par": ("pipelines.par", "PARPipeline"),
+    "pure": ("pipelines.pure", "PUREPipeline"),
     "var": ("pipelines.var", "VARPipeline"),
     "xar": ("pipelines.xar", "XARPipeline"),
     "flowar": ("pipelines.flowar", "FlowARPipeline"),
@@ -83,8 +86,10 @@ def published_pipeline(name: str, *, config: dict[str, Any] | None = None, **kwa
         )
     options = {key: kwargs.pop(key) for key in _HUB_OPTIONS if key in kwargs}
     tokenizer_entry = zoo.get(entry.tokenizer)
-    file = fetch(entry.repo, entry.file, **options)
-    tokenizer_file = fetch(tokenizer_entry.repo, tokenizer_entry.file, **options)
+    file, tokenizer_file = (
+        fetch(part.repo, part.file, **options) if part.file else fetch_snapshot(part.repo, **options)
+        for part in (entry, tokenizer_entry)
+    )
     module, class_name = FAMILY_PIPELINES[entry.family]
     pipeline_class = getattr(importlib.import_module(module), class_name)
     config = {**entry.config, **(config or {})}

@@ -20,15 +20,18 @@ from .containers import (
 
 # Family -> the module with its `convert` and `load_single_file`.
 FAMILIES: dict[str, str] = {
+    "chameleon": "armm.convert.chameleon",
     "elm": "armm.convert.elm",
     "flowar": "armm.convert.flowar",
     "himar": "armm.convert.himar",
     "kl": "armm.convert.kl",
     "larp": "armm.convert.larp",
     "llamagen": "armm.convert.llamagen",
+    "lumina_mgpt": "armm.convert.lumina_mgpt",
     "mar": "armm.convert.mar",
     "nar": "armm.convert.nar",
     "par": "armm.convert.par",
+    "pure": "armm.convert.pure",
     "var": "armm.convert.var",
     "xar": "armm.convert.xar",
 }

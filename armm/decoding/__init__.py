@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from armm.decoding.base import DecodingOutput, TokenStream
-from armm.decoding.guidance import Guidance
+from armm.decoding.guidance import ContextGuidance, Guidance
+from armm.decoding.interleaved import InterleavedDecoding, SequenceOutput
 from armm.decoding.likelihood import text_log_likelihood
 from armm.decoding.masked import MaskedLatentDecoding
 from armm.decoding.masked_tokens import MaskedTokenDecoding
@@ -20,10 +21,12 @@ from armm.decoding.pivots import PivotLatentDecoding
 from armm.decoding.sampling import NoiseSource, Sampler, top_k_filter, top_p_filter
 from armm.decoding.text import TextOutput, decode_text
 from armm.decoding.token_shuffle import TokenShuffleDecoding
+from armm.decoding.vocabulary import Grammar, ImageBlock
 
 # name -> strategy class; each is a component that a pipeline saves and swaps like a scheduler
 DECODING_STRATEGIES: dict[str, Any] = {
     "next_token": NextTokenDecoding,
+    "interleaved": InterleavedDecoding,
     "masked_latents": MaskedLatentDecoding,
     "masked_tokens": MaskedTokenDecoding,
     "neighboring": NeighboringDecoding,
@@ -54,8 +57,12 @@ def build_strategy(config: Mapping[str, Any]) -> Any:
 
 __all__ = [
     "DECODING_STRATEGIES",
+    "ContextGuidance",
     "DecodingOutput",
+    "Grammar",
     "Guidance",
+    "ImageBlock",
+    "InterleavedDecoding",
     "MaskedLatentDecoding",
     "MaskedTokenDecoding",
     "NeighboringDecoding",
@@ -70,6 +77,7 @@ __all__ = [
     "ParallelGroupsDecoding",
     "PivotLatentDecoding",
     "Sampler",
+    "SequenceOutput",
     "TextOutput",
     "TokenShuffleDecoding",
     "TokenStream",
