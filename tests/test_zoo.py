@@ -49,8 +49,8 @@ def test_the_table_holds_every_published_checkpoint():
     names = [f"{size}-2-{bits}" for size, lengths in sizes.items() for bits in lengths]
     names += [f"{prefix}{size}-1-16" for prefix in ("", "mlm") for size in ("L", "XL", "XXL")]
     coders = {f"bae/bae_{name}/binaryae_ema.th" for name in ("16", "16_deter", "20", "24")}
-    names = {f"mar-{size}.safetensors" for size in ("base", "large", "huge")} | {"kl16.safetensors"}
-    assert published["mar"] | published["kl"] == {("jadechoghari/mar", name) for name in names}
+    latent = {f"mar-{size}.safetensors" for size in ("base", "large", "huge")} | {"kl16.safetensors"}
+    assert published["mar"] | published["kl"] == {("jadechoghari/mar", file) for file in latent}
     assert published["himar"] == {("HiDream-ai/Hi-MAR", f"Hi-MAR-{size}/checkpoint-last.pth") for size in "BLH"}
     assert published["xar"] == {("OliverRen/xAR", f"xAR-{size}.pth") for size in "BLH"}
     assert published["flowar"] == {("OliverRen/FlowAR", f"FlowAR-{size}.pth") for size in "SLH"}
