@@ -32,6 +32,7 @@ PUBLIC_NAMES: dict[str, str] = {
     # pipelines
     "ARPipeline": "pipelines.base",
     "LlamaGenPipeline": "pipelines.llamagen",
+    "JanusPipeline": "pipelines.janus",
     "ELMPipeline": "pipelines.elm",
     "NARPipeline": "pipelines.nar",
     "PARPipeline": "pipelines.par",
@@ -43,6 +44,7 @@ PUBLIC_NAMES: dict[str, str] = {
     "ARTransformer": "armm.transformer",
     "PositionTable": "armm.nn.positions",
     "AutoregressiveModel": "armm.model",
+    "MultimodalModel": "armm.multimodal_model",
     "NextScaleModel": "armm.next_scale_model",
     "Condition": "armm.condition",
     "CategoricalHead": "armm.heads.categorical",
@@ -65,6 +67,7 @@ PUBLIC_NAMES: dict[str, str] = {
     "VisualTokenizer": "tokenizers_visual.base",
     "LARPTokenizer": "tokenizers_visual.larp",
     "VQTokenizer": "tokenizers_visual.vq_tokenizer",
+    "VisionEncoder": "tokenizers_visual.vision_encoder",
     "BinaryTokenizer": "tokenizers_visual.binary_tokenizer",
     "MultiScaleVQTokenizer": "tokenizers_visual.multi_scale_tokenizer",
 }

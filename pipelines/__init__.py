@@ -11,6 +11,7 @@ _PUBLIC = {
     "ARTextOutput": "pipelines.outputs",
     "ELMPipeline": "pipelines.elm",
     "ARVideoOutput": "pipelines.outputs",
+    "JanusPipeline": "pipelines.janus",
     "LlamaGenPipeline": "pipelines.llamagen",
     "NARPipeline": "pipelines.nar",
     "PARPipeline": "pipelines.par",

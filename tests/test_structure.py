@@ -25,7 +25,7 @@ ROOMS = {
     "nn": ("armm.nn",),
     "tokenizers": ("tokenizers_visual",),
     "trunk": ("armm.transformer", "armm.cache", "armm.heads", "armm.model", "armm.model_base", "armm.condition",
-              "armm.next_scale_model"),  # fmt: skip
+              "armm.next_scale_model", "armm.multimodal_model"),  # fmt: skip
     "decoding": ("armm.decoding",),
     "pipelines": ("pipelines",),
     "data": ("armm.data",),

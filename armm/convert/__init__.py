@@ -21,6 +21,7 @@ from .containers import (
 # Family -> the module with its `convert` and `load_single_file`.
 FAMILIES: dict[str, str] = {
     "elm": "armm.convert.elm",
+    "janus": "armm.convert.janus",
     "larp": "armm.convert.larp",
     "llamagen": "armm.convert.llamagen",
     "nar": "armm.convert.nar",

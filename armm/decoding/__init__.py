@@ -13,7 +13,7 @@ from armm.decoding.next_scale import NextScaleDecoding, NextScaleOutput, scale_m
 from armm.decoding.next_token import NextTokenDecoding
 from armm.decoding.parallel_groups import ParallelGroupsDecoding
 from armm.decoding.sampling import NoiseSource, Sampler, top_k_filter, top_p_filter
-from armm.decoding.text import TextOutput, decode_text
+from armm.decoding.text import TextOutput, decode_text, stream_text
 from armm.decoding.token_shuffle import TokenShuffleDecoding
 
 # name -> strategy class; each is a component that a pipeline saves and swaps like a scheduler
@@ -61,6 +61,7 @@ __all__ = [
     "build_strategy",
     "decode_text",
     "scale_masks",
+    "stream_text",
     "top_k_filter",
     "top_p_filter",
 ]

@@ -181,5 +181,7 @@ class TokenStream:
     def narrow(self, rows: int) -> None:
         """Go on with the first `rows` rows only."""
         self.cache.narrow(rows)
+        self.following = self.following.narrow(rows)
+        self.positions = [positions.narrow(rows) for positions in self.positions]
         if self.bias is not None:
             self.bias = self.bias[:rows]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ class TextOutput:
 
 
 @torch.no_grad()
-def decode_text(
+def stream_text(
     model: AutoregressiveModel,
     ids: Tensor | Condition,
     *,
@@ -46,8 +46,10 @@ def decode_text(
     callback: StepCallback | None = None,
     interrupt: Callable[[], bool] | None = None,
     check_every: int = 8,
-) -> TextOutput:
-    """Continue the prefix `ids` [B, T] (text, image or both, ordinary ids of the vocabulary), or a `Condition` with embeddings
+) -> Generator[Tensor, None, TextOutput]:
+    """After each token, the ids so far [B, step + 1]; at the end a `TextOutput`.
+
+    Continue the prefix `ids` [B, T] (text, image or both, ordinary ids of the vocabulary), or a `Condition` with embeddings
     and position ids (for images that are not one embedding a token).
 
     index: flat position ids of the prefix, [T] or [B, T]; default: begin-of-image first, then the image and text after
@@ -91,11 +93,22 @@ def decode_text(
             if replacement is not None:
                 out[:, : step + 1] = replacement
                 token = out[:, step]
+        yield out[:, : step + 1]
         finished = finished | (token == stop_id)
         if step % check_every == check_every - 1 and bool(finished.all()):
             break
     lengths = (out == stop_id).int().cumsum(1).eq(0).sum(1)
     return TextOutput(out, lengths, stream.num_calls)
+
+
+def decode_text(model: AutoregressiveModel, ids: Tensor | Condition, **options: Any) -> TextOutput:
+    """Continue a prefix to its end; arguments as of `stream_text`."""
+    run = stream_text(model, ids, **options)
+    while True:
+        try:
+            next(run)
+        except StopIteration as end:
+            return end.value
 
 
 def _prefix(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from armm.nn.attention import BACKENDS, attention, attention_backend, check_backend, current_backend
 from armm.nn.block import Attention, Block, BlockConfig
-from armm.nn.embedders import CaptionEmbedding, LabelEmbedding
+from armm.nn.embedders import CaptionEmbedding, LabelEmbedding, Projector
 from armm.nn.linear import FusedLinear
 from armm.nn.masks import (
     additive_mask,
@@ -37,6 +37,7 @@ __all__ = [
     "Modulation",
     "PositionLayout",
     "PositionTable",
+    "Projector",
     "RMSNorm",
     "additive_mask",
     "apply_rotary",

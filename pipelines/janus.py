@@ -1,0 +1,499 @@
+"""`JanusPipeline`: images from text, and text about images (Janus, arXiv 2410.13848; Janus-Pro, arXiv 2501.17811)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils.doc_utils import replace_example_docstring
+
+from armm.condition import Condition
+from armm.decoding.guidance import Guidance
+from armm.decoding.next_token import NextTokenDecoding
+from armm.decoding.sampling import Sampler
+from armm.multimodal_model import MultimodalModel
+from tokenizers_visual.codes import Codes
+from tokenizers_visual.vision_encoder import VisionEncoder
+from tokenizers_visual.vq_tokenizer import VQTokenizer
+
+from . import loading
+from .chat import TEMPLATES, UNDERSTANDING_PROMPT, expand_images
+from .images import pictures, square_pixels
+from .outputs import ARPipelineOutput, ARTextOutput
+from .understanding import Reading, UnderstandingPipeline
+
+__all__ = ["DiffusionPipeline", "JanusPipeline"]
+
+# What the ids with a meaning are called in the authors' tokenizer.
+SPECIAL_TOKENS = {
+    "bos": "<\uff5cbegin\u2581of\u2581sentence\uff5c>",
+    "eos": "<\uff5cend\u2581of\u2581sentence\uff5c>",
+    "pad": "<\uff5c\u2581pad\u2581\uff5c>",
+    "image": "<image_placeholder>",
+    "begin_image": "<begin_of_image>",
+    "end_image": "<end_of_image>",
+}
+
+EXAMPLE_DOC_STRING = """
+    Examples:
+        ```py
+        >>> import armm
+
+        >>> pipe = armm.JanusPipeline.from_single_file("deepseek-ai/Janus-Pro-1B")
+        >>> image = pipe("A stunning princess from Kabul in red and white traditional clothing").images[0]
+        >>> pipe.chat(image, "What is she wearing?").texts[0]
+        >>> for piece in pipe.stream_chat(image, "Describe the picture."):
+        ...     print(piece, end="", flush=True)
+        ```
+"""
+
+
+class JanusPipeline(UnderstandingPipeline):
+    """Draws (`pipe(prompt)`) and reads (`pipe.chat(image, question)`) with one language model.
+
+    Args:
+        tokenizer (`VQTokenizer`): codes <-> images that are drawn.
+        transformer (`MultimodalModel`): the language model with its projectors and heads.
+        image_encoder (`VisionEncoder`): the eye for images that are read.
+        decoding (`NextTokenDecoding`): the decoding strategy of images.
+        text_tokenizer (`PreTrainedTokenizerFast`, *optional*): for texts; without it calls take `prompt_ids`.
+        special_ids (`dict`, *optional*): ids of `"bos"`, `"eos"`, `"pad"`, `"image"`, `"begin_image"`, `"end_image"`; taken from the
+            text tokenizer where it has them.
+        template (`str`, *optional*): how conversations are written, a key of `TEMPLATES`: "deepseek" for Janus-Pro.
+        generation_config (`dict`, *optional*): settings of this checkpoint, see `generation_settings`.
+    """
+
+    model_cpu_offload_seq = "image_encoder->transformer->tokenizer"
+    _optional_components: ClassVar[list[str]] = ["text_tokenizer"]
+    single_file_loader: ClassVar[str | None] = "armm.convert.janus"
+    generation_settings: ClassVar[dict[str, Any]] = {
+        "guidance_scale": 5.0,
+        "temperature": 1.0,
+        "top_k": 0,
+        "top_p": 1.0,
+        "do_sample": True,
+        "max_new_tokens": 512,
+    }
+
+    def __init__(
+        self,
+        tokenizer: VQTokenizer,
+        transformer: MultimodalModel,
+        image_encoder: VisionEncoder,
+        decoding: NextTokenDecoding,
+        text_tokenizer: Any = None,
+        special_ids: dict[str, int] | None = None,
+        template: str = "deepseek",
+        generation_config: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if tokenizer is not None and transformer is not None and tokenizer.codebook_size != transformer.num_codes:
+            raise ValueError(
+                f"`tokenizer` has {tokenizer.codebook_size} codes, `transformer` draws {transformer.num_codes}: these components do "
+                "not belong together."
+            )
+        loading.check_choice(template, sorted(TEMPLATES), "`template`")
+        self.register_modules(
+            tokenizer=tokenizer,
+            transformer=transformer,
+            image_encoder=image_encoder,
+            decoding=decoding,
+            text_tokenizer=text_tokenizer,
+        )
+        given = {name: int(value) for name, value in (special_ids or {}).items()}
+        for name in given:
+            loading.check_choice(name, sorted(SPECIAL_TOKENS), "`special_ids` key")
+        self.special_ids = {**_special_ids(text_tokenizer), **given}
+        missing = sorted(set(SPECIAL_TOKENS) - set(self.special_ids))
+        if missing:
+            raise ValueError(
+                f"`special_ids` lacks {', '.join(missing)}, and no `text_tokenizer` has them: give their ids."
+            )
+        self.register_to_config(special_ids=self.special_ids, template=template)
+        self.register_generation_config(generation_config)
+
+    # ------------------------------------------------------------------ texts
+
+    @property
+    def stop_id(self) -> int:
+        return self.special_ids["eos"]
+
+    @property
+    def text_range(self) -> tuple[int, int]:
+        return self.transformer.text_range
+
+    def decode_words(self, ids: Sequence[int]) -> str:
+        if self.text_tokenizer is None:
+            return " ".join(map(str, ids))
+        return self.text_tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    def format(self, messages: Sequence[Mapping[str, Any]], system_prompt: str = "") -> str:
+        """The text of a conversation, see `ChatTemplate.format`."""
+        return TEMPLATES[self.config.template].format(messages, system_prompt, SPECIAL_TOKENS["eos"])
+
+    def encode_words(self, text: str) -> list[int]:
+        """Ids of a text, the first of which begins the sentence."""
+        if self.text_tokenizer is None:
+            raise ValueError(
+                "this pipeline has no `text_tokenizer`: give `prompt_ids`, or load it with transformers installed "
+                "(pip install armm[transformers])."
+            )
+        ids = list(self.text_tokenizer.encode(text))
+        # An early tokenizer of the authors did not begin the sentence, and guidance fell apart without it.
+        return ids if ids[:1] == [self.special_ids["bos"]] else [self.special_ids["bos"], *ids]
+
+    def pad(self, rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids int64 [B, T] of rows of different lengths, padded on the left, and where they are real, bool [B, T]."""
+        length = max(len(row) for row in rows)
+        ids = torch.full((len(rows), length), self.special_ids["pad"], dtype=torch.long)
+        real = torch.zeros(len(rows), length, dtype=torch.bool)
+        for number, row in enumerate(rows):
+            ids[number, length - len(row) :] = torch.tensor(list(row))
+            real[number, length - len(row) :] = True
+        device = self._execution_device
+        return ids.to(device), real.to(device)
+
+    # ------------------------------------------------------------------ drawing
+
+    @torch.no_grad()
+    @replace_example_docstring(EXAMPLE_DOC_STRING)
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        guidance_scale: float | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        do_sample: bool | None = None,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        noise: torch.Tensor | None = None,
+        prompt_ids: Sequence[int] | Sequence[Sequence[int]] | torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        output_codes: bool = False,
+        callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> ARPipelineOutput | tuple:
+        r"""Draws images.
+
+        Settings left at None take the value in the checkpoint's `generation_config`.
+
+        Args:
+            prompt (`str` or `list[str]`): what to draw; prompts of different lengths go in one batch.
+            height (`int`, *optional*), width (`int`, *optional*): in pixels; the models were trained at one size only.
+            guidance_scale (`float`, *optional*): classifier-free guidance; up to 1 only the condition is run.
+            temperature (`float`, *optional*), top_k (`int`, *optional*, 0: off), top_p (`float`, *optional*, 1: off): the
+                sampling filters, applied in this order.
+            do_sample (`bool`, *optional*): False takes the most likely code.
+            num_images_per_prompt (`int`, *optional*, defaults to 1): images for each prompt.
+            generator (`torch.Generator` or `list`, *optional*): randomness; a list has one generator for each image, which then
+                does not depend on the rest of the batch.
+            noise (`torch.Tensor`, *optional*): recorded exponential noise [B, N, codes] that replaces the generator.
+            prompt_ids (`list` or `torch.Tensor`, *optional*): ids in place of `prompt`, up to begin-of-image.
+            output_type (`str`, *optional*, defaults to `"pil"`): `"pil"`, `"np"`, `"pt"` or `"latent"` (codes [B, N]).
+            return_dict (`bool`, *optional*, defaults to `True`): False returns a tuple.
+            output_codes (`bool`, *optional*, defaults to `False`): also return the `Codes`.
+            callback_on_step_end (`Callable`, *optional*): called as `callback(pipe, step, timestep, tensors)` after each code;
+                it may return replaced tensors, set `pipe._guidance_scale`, or end the call with `pipe._interrupt = True`.
+            callback_on_step_end_tensor_inputs (`list`, *optional*): which tensors it sees: `"latents"`, the codes so far.
+
+        Examples:
+
+        Returns:
+            [`ARPipelineOutput`] or `tuple`: the images (and the codes, if asked for).
+        """
+        self.check_output_type(output_type)
+        self.check_callback_inputs(callback_on_step_end_tensor_inputs)
+        self.check_number("num_images_per_prompt", num_images_per_prompt, low=1, integer=True)
+        grid = self.grid_of(height, width)
+        scale = self.setting("guidance_scale", guidance_scale)
+        self.check_number("guidance_scale", scale, low=0.0)
+        sampler = self.check_sampling(temperature, top_k, top_p, do_sample)
+        rows = self.drawing_rows(prompt, prompt_ids)
+        batch = len(rows) * num_images_per_prompt
+        self.check_generator(generator, batch)
+        expected = (batch, grid[0] * grid[1], self.transformer.num_codes)
+        if noise is not None and (not isinstance(noise, torch.Tensor) or tuple(noise.shape) != expected):
+            raise ValueError(f"`noise` must be a tensor {list(expected)} [batch, tokens, codes].")
+
+        self._guidance_scale, self._interrupt = float(scale), False
+        guidance = Guidance(self._guidance_scale)
+        condition, null = self.drawing_conditions(rows)
+        self._num_timesteps = self.decoding.num_calls(grid)
+        with self.progress_bar(total=self._num_timesteps) as bar:
+            watch = self.after_step(bar, guidance, callback_on_step_end, callback_on_step_end_tensor_inputs)
+            output = self.decoding(
+                self.transformer,
+                condition.repeat(num_images_per_prompt),
+                null.repeat(num_images_per_prompt) if guidance.active else None,
+                grid,
+                sampler=sampler,
+                guidance=guidance,
+                noise=generator if noise is None else noise,
+                vocabulary=self.transformer.code_range,
+                callback=watch,
+                interrupt=lambda: self._interrupt,
+            )
+        codes = Codes(ids=output.ids, grid=(1, *grid))
+        return self.make_output(codes, output_type, return_dict=return_dict, output_codes=output_codes)
+
+    def grid_of(self, height: int | None, width: int | None) -> tuple[int, int]:
+        """The codes of an image of `height` x `width` pixels, by default the checkpoint's own."""
+        step, own = self.tokenizer.downsample, self.transformer.grid
+        sizes = []
+        for name, value, tokens in zip(("height", "width"), (height, width), own, strict=True):
+            value = tokens * step if value is None else value
+            self.check_number(name, value, low=step, integer=True)
+            if value % step:
+                raise ValueError(f"`{name}` must be a multiple of {step}, the pixels of a code, got {value}.")
+            sizes.append(value // step)
+        return sizes[0], sizes[1]
+
+    def check_sampling(self, temperature: Any, top_k: Any, top_p: Any, do_sample: Any) -> Sampler:
+        """The sampler of an image, with this checkpoint's settings where an argument is None."""
+        sampler = self.check_text_sampling(
+            self.setting("temperature", temperature), self.setting("top_k", top_k), self.setting("top_p", top_p)
+        )
+        do_sample = self.setting("do_sample", do_sample)
+        if not isinstance(do_sample, bool):
+            raise TypeError(f"`do_sample` must be True or False, got {do_sample!r}.")
+        sampler.do_sample = sampler.do_sample and do_sample
+        return sampler
+
+    def drawing_rows(self, prompt: Any, prompt_ids: Any) -> list[list[int]]:
+        """Ids of what images are drawn after, each up to begin-of-image."""
+        if (prompt is None) == (prompt_ids is None):
+            raise ValueError("give either `prompt` or `prompt_ids`.")
+        if prompt_ids is not None:
+            return [self.check_row(row) for row in _id_rows(prompt_ids)]
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        if not isinstance(prompts, (list, tuple)) or not prompts or not all(isinstance(text, str) for text in prompts):
+            raise TypeError(f"`prompt` must be a string or a non-empty list of strings, got {prompt!r}.")
+        if not all(text.strip() for text in prompts):
+            raise ValueError("`prompt` is empty: say what to draw.")
+        turns = [[{"role": "user", "content": text}, {"role": "assistant", "content": ""}] for text in prompts]
+        begin = self.special_ids["begin_image"]
+        return [self.check_row([*self.encode_words(self.format(messages)), begin]) for messages in turns]
+
+    def check_row(self, row: list[int]) -> list[int]:
+        """`row` of ids, if it lies in the vocabulary and leaves room in the context."""
+        limit = self.transformer.max_positions
+        if len(row) < 2 or min(row) < 0 or max(row) >= self.transformer.text_vocab_size:
+            raise ValueError(f"ids must lie in 0 .. {self.transformer.text_vocab_size - 1}, at least two of them.")
+        if len(row) >= limit:
+            raise ValueError(f"the prompt has {len(row)} tokens, this model takes less than {limit}: shorten it.")
+        return row
+
+    def drawing_conditions(self, rows: Sequence[Sequence[int]]) -> tuple[Condition, Condition]:
+        """What images are drawn after, with and without the prompt: in the latter all but the first and the last id are padding,
+        which is looked at like any other token."""
+        pad = self.special_ids["pad"]
+        ids, real = self.pad(rows)
+        null, _ = self.pad([[row[0], *[pad] * (len(row) - 2), row[-1]] for row in rows])
+        return self.transformer.prompt_condition(ids, real), self.transformer.prompt_condition(null, real)
+
+    # ------------------------------------------------------------------ reading
+
+    def preprocess(self, image: Any) -> torch.Tensor:
+        """Images in any form (see `pictures`) as what the image encoder takes: float32 [B, 3, S, S]."""
+        config = self.image_encoder.config
+        return square_pixels(image, config.image_size, config.image_mean, config.image_std, config.min_size)
+
+    def readings(
+        self,
+        image: Any = None,
+        question: str | Sequence[str] | None = None,
+        *,
+        messages: Sequence[Mapping[str, Any]] | None = None,
+        prompt_ids: Any = None,
+        system_prompt: str = UNDERSTANDING_PROMPT,
+    ) -> list[Reading]:
+        """The prompts of a call of `chat`."""
+        shown = [] if image is None else list(image) if isinstance(image, (list, tuple)) else [image]
+        if sum(value is not None for value in (question, messages, prompt_ids)) != 1:
+            raise ValueError("give one of `question`, `messages` or `prompt_ids`.")
+        if prompt_ids is not None:
+            rows = _id_rows(prompt_ids)
+        elif messages is not None:
+            rows = [self.encode_words(self.format(_placed(messages, len(_flat(shown))), system_prompt))]
+        else:
+            rows = []
+            for text, seen in zip(*_paired(question, shown), strict=True):
+                turn = _placed(
+                    [{"role": "user", "content": text}, {"role": "assistant", "content": ""}], len(_flat(seen))
+                )
+                rows.append(self.encode_words(self.format(turn, system_prompt)))
+            shown = [picture for seen in _paired(question, shown)[1] for picture in _flat(seen)]
+        return self.reading_rows(rows, _flat(shown))
+
+    def reading_rows(self, rows: Sequence[Sequence[int]], images: Sequence[Any]) -> list[Reading]:
+        """Readings of rows of ids, in which each image token stands for the next one of `images`."""
+        special, found = self.special_ids, [list(row).count(self.special_ids["image"]) for row in rows]
+        if sum(found) != len(images):
+            raise ValueError(f"the prompts mention {sum(found)} images, {len(images)} were given.")
+        features = None
+        if len(images):
+            # One image at a time: its features do not depend on what it is batched with, bit for bit.
+            pixels = [self.preprocess(item).to(self._execution_device) for item in images]
+            features = torch.cat([self.image_encoder.encode(item) for item in pixels])
+        count, grid = self.image_encoder.num_tokens, self.image_encoder.grid
+        readings, first = [], 0
+        for row, number in zip(rows, found, strict=True):
+            ids = expand_images(row, special["image"], special["begin_image"], special["end_image"], count)
+            self.check_row(ids)
+            tensor = torch.tensor([ids], device=self._execution_device)
+            own = None if not number or features is None else features[first : first + number]
+            first += number
+            places = None if own is None else tensor == special["image"]
+            condition = self.transformer.prompt_condition(tensor, None, own, places)
+            starts = [i for i, value in enumerate(ids) if value == special["image"]][:: max(count, 1)]
+            readings.append(
+                Reading(
+                    condition,
+                    ids,
+                    [(start, start + count) for start in starts],
+                    [grid] * number,
+                    self.transformer.max_positions - len(ids),
+                )
+            )
+        return readings
+
+    @torch.no_grad()
+    def chat(
+        self,
+        image: Any = None,
+        question: str | Sequence[str] | None = None,
+        *,
+        messages: Sequence[Mapping[str, Any]] | None = None,
+        prompt_ids: Any = None,
+        system_prompt: str = UNDERSTANDING_PROMPT,
+        max_new_tokens: int | None = None,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        return_dict: bool = True,
+        callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> ARTextOutput | tuple:
+        r"""Answers questions about images, or continues a conversation.
+
+        Args:
+            image (*optional*): a PIL image, an array or a tensor (see `pictures`), or a list of them: all shown together to one
+                question, or one for each of several (a list in the list shows several to its question). With `messages` or
+                `prompt_ids` it lists all images in their order.
+            question (`str` or `list[str]`, *optional*): asked about the image; several go in one batch.
+            messages (`list[dict]`, *optional*): a conversation, `{"role": "user" or "assistant", "content": text}`; where its texts
+                say `<image_placeholder>` an image is shown, otherwise all images come first.
+            prompt_ids (`list` or `torch.Tensor`, *optional*): ids in place of texts, with one image token for each image.
+            system_prompt (`str`, *optional*): in front of the conversation.
+            max_new_tokens (`int`, *optional*): longest text; by default the checkpoint's.
+            temperature (`float`, *optional*, defaults to 0): 0 says the likeliest token.
+            top_k, top_p: filters of the draw when `temperature` is above 0.
+            generator (`torch.Generator` or `list`, *optional*): one for the call, or one for each text.
+            return_dict (`bool`, *optional*, defaults to `True`): return an `ARTextOutput` rather than a tuple.
+            callback_on_step_end (`Callable`, *optional*): called as `callback(pipe, step, timestep, tensors)` after each token;
+                `"latents"` are the ids so far.
+            callback_on_step_end_tensor_inputs (`list[str]`, *optional*): what the callback is given: `"latents"`.
+
+        Returns:
+            [`ARTextOutput`] or `tuple`: one text for each question.
+        """
+        sampler = self.check_text_sampling(temperature, top_k, top_p)
+        self.check_callback_inputs(callback_on_step_end_tensor_inputs)
+        readings = self.readings(image, question, messages=messages, prompt_ids=prompt_ids, system_prompt=system_prompt)
+        self.check_generator(generator, len(readings))
+
+        def step_end(step: int, ids: torch.Tensor) -> torch.Tensor | None:
+            replaced = self.step_end(callback_on_step_end, callback_on_step_end_tensor_inputs, step, {"latents": ids})
+            return replaced.get("latents")
+
+        written = self.write(
+            readings,
+            max_new_tokens=self.text_length(readings, max_new_tokens),
+            sampler=sampler,
+            generator=generator,
+            callback=None if callback_on_step_end is None else step_end,
+        )
+        texts = [self.decode_words(ids).strip() for ids in written]
+        self.maybe_free_model_hooks()
+        return ARTextOutput(texts=texts) if return_dict else (texts,)
+
+    def stream_chat(
+        self, image: Any = None, question: str | None = None, *, max_new_tokens: int | None = None, **options: Any
+    ) -> Iterator[str]:
+        """The answer to one question, piece by piece as it is written; arguments as of `chat`, sampling as of `stream`."""
+        names = ("messages", "prompt_ids", "system_prompt")
+        asked = {name: options.pop(name) for name in names if name in options}
+        with torch.no_grad():
+            readings = self.readings(image, question, **asked)
+        if len(readings) != 1:
+            raise ValueError(f"one conversation is streamed at a time, got {len(readings)}.")
+        return self.stream(readings[0], self.text_length(readings, max_new_tokens), **options)
+
+    def text_length(self, readings: Sequence[Reading], max_new_tokens: int | None) -> int:
+        """`max_new_tokens`, or the checkpoint's setting where it fits."""
+        room = min(reading.limit for reading in readings)
+        return min(self.generation_config["max_new_tokens"], room) if max_new_tokens is None else max_new_tokens
+
+
+def _special_ids(text_tokenizer: Any) -> dict[str, int]:
+    if text_tokenizer is None:
+        return {}
+    vocabulary = text_tokenizer.get_vocab()
+    return {name: vocabulary[token] for name, token in SPECIAL_TOKENS.items() if token in vocabulary}
+
+
+def _id_rows(ids: Any) -> list[list[int]]:
+    """Ids given as one row or several, as lists."""
+    values = ids.tolist() if isinstance(ids, torch.Tensor) else list(ids)
+    rows = [values] if values and not isinstance(values[0], (list, tuple, torch.Tensor)) else values
+    rows = [row.tolist() if isinstance(row, torch.Tensor) else list(row) for row in rows]
+    if not rows or not all(row and all(isinstance(value, int) for value in row) for row in rows):
+        raise TypeError("`prompt_ids` must be ids, or a list of lists of ids, none of them empty.")
+    return rows
+
+
+def _flat(images: Any) -> list[Any]:
+    """Pictures of anything that holds images."""
+    items = list(images) if isinstance(images, (list, tuple)) else [images]
+    return pictures(items) if items else []
+
+
+def _paired(question: Any, shown: list[Any]) -> tuple[list[str], list[Any]]:
+    """As many questions as (groups of) images: one question about each image, or several about one."""
+    asked = [question] if isinstance(question, str) else question
+    if not isinstance(asked, (list, tuple)) or not all(isinstance(text, str) for text in asked):
+        raise TypeError(f"`question` must be a string or a list of strings, got {type(question).__name__}.")
+    if not asked or not all(text.strip() for text in asked):
+        raise ValueError("`question` is empty: ask something.")
+    if not shown:
+        return list(asked), [[] for _ in asked]
+    if len(asked) == 1:
+        # One question about all the images at once.
+        return list(asked), [shown]
+    if len(shown) == 1:
+        return list(asked), shown * len(asked)
+    if len(shown) != len(asked):
+        raise ValueError(
+            f"`question` has {len(asked)} questions for {len(shown)} images: give one for each image, or one image or question."
+        )
+    return list(asked), shown
+
+
+def _placed(messages: Sequence[Mapping[str, Any]], images: int) -> list[dict[str, Any]]:
+    """`messages` with a placeholder for each of the images, in front of the first turn where the texts have none."""
+    token = SPECIAL_TOKENS["image"]
+    if not isinstance(messages, (list, tuple)) or not messages:
+        raise TypeError("`messages` must be a non-empty list of {'role', 'content'}.")
+    placed = [dict(message) for message in messages]
+    if images and not any(token in str(message.get("content")) for message in placed):
+        placed[0]["content"] = f"{token}\n" * images + str(placed[0].get("content"))
+    if placed[-1].get("role") not in ("assistant", "<|Assistant|>", "Assistant"):
+        placed.append({"role": "assistant", "content": ""})
+    return placed

@@ -1,0 +1,160 @@
+"""What the pipelines that read images share: prompts about images, and the text that is written after them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+
+from armm.condition import Condition, concatenate
+from armm.decoding.sampling import Sampler
+from armm.decoding.text import decode_text, stream_text
+
+from .base import ARPipeline
+
+__all__ = ["DiffusionPipeline", "Reading", "UnderstandingPipeline"]
+
+
+@dataclass
+class Reading:
+    """One prompt about images, ready to be continued.
+
+    Args:
+        condition: its tokens [1, T, D].
+        ids: of the T tokens; what stands for an image token does not matter.
+        images: (first, behind the last) of the tokens of each image.
+        grids: (height, width) of each image in tokens.
+        limit: longest text that can follow.
+    """
+
+    condition: Condition
+    ids: list[int]
+    images: list[tuple[int, int]] = field(default_factory=list)
+    grids: list[tuple[int, int]] = field(default_factory=list)
+    limit: int = 1
+
+
+class UnderstandingPipeline(ARPipeline):
+    """Base of pipelines that write text about images. Subclasses say how a request becomes a `Reading`.
+
+    Class attributes:
+        pads_readings: whether readings of different lengths go through the model together, padded on the left.
+    """
+
+    transformer: Any
+    pads_readings = True
+
+    @property
+    def stop_id(self) -> int:
+        """The id that ends a text."""
+        raise NotImplementedError
+
+    @property
+    def text_range(self) -> tuple[int, int]:
+        """(low, high) of the ids that may be said."""
+        raise NotImplementedError
+
+    def decode_words(self, ids: Sequence[int]) -> str:
+        """The text of ids."""
+        raise NotImplementedError
+
+    # ------------------------------------------------------------------ writing
+
+    @staticmethod
+    def check_text_sampling(temperature: Any, top_k: Any, top_p: Any) -> Sampler:
+        """The sampler of a text; temperature 0 takes the likeliest token."""
+        check = ARPipeline.check_number
+        check("temperature", temperature, low=0)
+        check("top_k", top_k, low=0, integer=True)
+        check("top_p", top_p, low=0, high=1)
+        if top_p == 0:
+            raise ValueError("`top_p` must be above 0 (1 turns the filter off), got 0.")
+        return Sampler(temperature=temperature or 1.0, top_k=int(top_k), top_p=top_p, do_sample=temperature > 0)
+
+    def check_length(self, readings: Sequence[Reading], max_new_tokens: int | None) -> None:
+        """Raises unless `max_new_tokens` is None or fits behind every reading."""
+        room = min(reading.limit for reading in readings)
+        if room < 1:
+            raise ValueError("the prompt fills the model's context and leaves no room for a text: shorten it.")
+        if max_new_tokens is not None:
+            self.check_number("max_new_tokens", max_new_tokens, low=1, high=room, integer=True)
+
+    def groups(self, readings: Sequence[Reading]) -> list[list[int]]:
+        """Which readings go through the model together."""
+        if self.pads_readings:
+            return [list(range(len(readings)))]
+        lengths = sorted({reading.condition.length for reading in readings})
+        return [[row for row, item in enumerate(readings) if item.condition.length == length] for length in lengths]
+
+    def write(
+        self,
+        readings: Sequence[Reading],
+        *,
+        max_new_tokens: int | None = None,
+        sampler: Sampler | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        callback: Callable[[int, torch.Tensor], torch.Tensor | None] | None = None,
+    ) -> list[list[int]]:
+        """Ids of the texts that follow `readings`, without the stop token.
+
+        Args:
+            max_new_tokens: longest text; None is as long as the model can say.
+            sampler: default greedy.
+            generator: one for the call, or one for each text; a text does not depend on what it is written with.
+            callback: called as `callback(step, ids)` after each token of a group of readings.
+        """
+        self.check_length(readings, max_new_tokens)
+        if isinstance(generator, torch.Generator):
+            # One stream for the call: its texts take independent generators seeded from it, whatever their grouping.
+            seeds = torch.randint(2**62, (len(readings),), generator=generator, device=generator.device).tolist()
+            generator = [torch.Generator(generator.device).manual_seed(seed) for seed in seeds]
+        texts: list[list[int]] = [[] for _ in readings]
+        self._interrupt = False
+        self._num_timesteps = max_new_tokens or max(reading.limit for reading in readings)
+        for rows in self.groups(readings):
+            output = decode_text(
+                self.transformer,
+                concatenate([readings[row].condition for row in rows]),
+                stop_id=self.stop_id,
+                max_tokens=max_new_tokens or min(readings[row].limit for row in rows),
+                sampler=sampler,
+                noise=None if generator is None else [generator[row] for row in rows],
+                vocabulary=self.text_range,
+                callback=callback,
+                interrupt=lambda: self._interrupt,
+                check_every=2,
+            )
+            for row, ids in zip(rows, output.tokens(), strict=True):
+                texts[row] = ids
+        return texts
+
+    def stream(self, reading: Reading, max_new_tokens: int | None = None, **options: Any) -> Iterator[str]:
+        """The text that follows one reading, piece by piece as it is written; joined, the pieces are the whole text.
+
+        Args:
+            options: `sampler` and `noise` of `stream_text`.
+        """
+        self.check_length([reading], max_new_tokens)
+        self._interrupt = False
+        said = ""
+        for ids in stream_text(
+            self.transformer,
+            reading.condition,
+            stop_id=self.stop_id,
+            max_tokens=max_new_tokens or reading.limit,
+            vocabulary=self.text_range,
+            interrupt=lambda: self._interrupt,
+            check_every=1,
+            **options,
+        ):
+            row = ids[0].tolist()
+            ended = self.stop_id in row
+            text = self.decode_words(row[: row.index(self.stop_id)] if ended else row)
+            # An unfinished character decodes to a replacement character: it is held back until it is whole.
+            if len(text) > len(said) and (ended or not text.endswith("\ufffd")):
+                yield text[len(said) :]
+                said = text
+        self.maybe_free_model_hooks()
