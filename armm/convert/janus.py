@@ -7,7 +7,6 @@ say, come from `config.json`.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

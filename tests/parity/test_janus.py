@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from harness import Case, Check, all_problems, first_problem, parity_root
-
 from test_llamagen import cannot_matter as tokenizer_tensor_cannot_matter
 
 from armm.convert import convert
