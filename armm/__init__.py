@@ -61,6 +61,7 @@ PUBLIC_NAMES: dict[str, str] = {
     "ParallelGroupsDecoding": "armm.decoding.parallel_groups",
     "TokenShuffleDecoding": "armm.decoding.token_shuffle",
     "NextScaleDecoding": "armm.decoding.next_scale",
+    "StepAnnealing": "armm.decoding.annealing",
     "DecodingOutput": "armm.decoding.base",
     # tokenizers
     "Codes": "tokenizers_visual.codes",

@@ -22,6 +22,7 @@ from diffusers import DiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.video_processor import VideoProcessor
 
+from armm.decoding.acceleration import Acceleration
 from armm.decoding.guidance import Guidance
 from armm.hub import fetch_snapshot
 from tokenizers_visual.codes import Codes
@@ -54,6 +55,9 @@ class ARPipeline(DiffusionPipeline):
     single_file_loader: ClassVar[str | None] = None
     # Names of pipelines whose directories this one loads as well: other tasks of the same components.
     interchangeable: ClassVar[tuple[str, ...]] = ()
+    # Classes of what `enable_acceleration` takes.
+    _accelerations: ClassVar[tuple[type[Acceleration], ...]] = ()
+    acceleration: Acceleration | None = None
 
     # ------------------------------------------------------------------ loading and saving
 
@@ -158,11 +162,44 @@ class ARPipeline(DiffusionPipeline):
     @property
     def generation_config(self) -> dict[str, Any]:
         """The settings a call uses where its arguments do not say otherwise."""
-        return {**self.generation_settings, **(self.config.get("generation_config") or {})}
+        own = {**self.generation_settings, **(self.config.get("generation_config") or {})}
+        return own if self.acceleration is None else {**own, **self.acceleration.settings}
 
     def setting(self, name: str, value: Any) -> Any:
         """`value`, or this checkpoint's setting `name` where `value` is None."""
         return self.generation_config[name] if value is None else value
+
+    # ------------------------------------------------------------------ acceleration
+
+    def enable_acceleration(self, acceleration: Acceleration) -> None:
+        """Makes all calls from now on use `acceleration`, in place of an earlier one.
+
+        Args:
+            acceleration (`Acceleration`): of one of the classes this pipeline supports. Its own settings, where it has any,
+                take the place of the checkpoint's; arguments of a call override both.
+
+        Raises:
+            ValueError: this pipeline, or these components, cannot be accelerated like that.
+        """
+        if not isinstance(acceleration, self._accelerations):
+            kind = (
+                type(acceleration).__name__
+                if not isinstance(acceleration, type)
+                else f"the class {acceleration.__name__}"
+            )
+            names = ", ".join(supported.__name__ for supported in self._accelerations)
+            raise ValueError(
+                f"{type(self).__name__} cannot be accelerated with {kind}: "
+                + (f"it supports {names}." if names else "it supports no acceleration.")
+            )
+        for name in acceleration.settings:
+            loading.check_choice(name, sorted(self.generation_settings), f"setting of the {acceleration.name}")
+        acceleration.check(self)
+        self.acceleration = acceleration
+
+    def disable_acceleration(self) -> None:
+        """Undoes `enable_acceleration`."""
+        self.acceleration = None
 
     # ------------------------------------------------------------------ pieces of a call
 
