@@ -62,6 +62,8 @@ PUBLIC_NAMES: dict[str, str] = {
     "TokenShuffleDecoding": "armm.decoding.token_shuffle",
     "NextScaleDecoding": "armm.decoding.next_scale",
     "StepAnnealing": "armm.decoding.annealing",
+    "BeamSearch": "armm.decoding.beam",
+    "OPERA": "armm.decoding.opera",
     "DecodingOutput": "armm.decoding.base",
     # tokenizers
     "Codes": "tokenizers_visual.codes",

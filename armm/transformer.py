@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from armm.cache import KVCache
 from armm.nn.attention import check_backend, current_backend
 from armm.nn.block import Block, BlockConfig
+from armm.nn.hooks import LayerHook
 from armm.nn.masks import additive_mask, merge_causal
 from armm.nn.mlp import GATED, gated_hidden
 from armm.nn.modulation import NAMES, Modulation
@@ -235,13 +236,15 @@ class ARTransformer(ModelMixin, ConfigMixin):
         cache: KVCache | None = None,
         modulation: Tensor | None = None,
         discard: int = 0,
+        hook: LayerHook | None = None,
     ) -> Tensor | tuple[Tensor, dict[int, Tensor]]:
         """`embeds` [B, N, D] -> hidden [B, N, D], normalised; with taps (hidden, {tap: hidden}).
 
         positions: of these N tokens. mask: bool (True = may look) or additive, broadcastable to [B, H, N, keys], where
         the keys are everything visible in the cache followed by the N tokens. causal: each token sees itself and what
         came before; combined with `mask` if both are given. cache: appended to. discard: so many of the last tokens
-        are seen by this call but not kept in the cache. modulation: condition [B, C] or [B, N, C].
+        are seen by this call but not kept in the cache. modulation: condition [B, C] or [B, N, C]. hook: looks in between the
+        blocks, and may shorten the sequence there.
         """
         length = embeds.shape[1]
         x, rotary = embeds, None
@@ -259,15 +262,21 @@ class ARTransformer(ModelMixin, ConfigMixin):
         if mask is not None:
             mask = additive_mask(mask, low_precision_dtype(x))
         condition = modulation if self.shared_modulation is None else self.shared_modulation(modulation)
-        backend = self._attention_backend or current_backend()
+        backend = current_backend(self._attention_backend)
         checkpointing = self.gradient_checkpointing and torch.is_grad_enabled() and cache is None
 
+        if hook is not None:
+            hook.start(length)
         tapped: dict[int, Tensor] = {}
         for layer, block in enumerate(self.blocks):
             if layer in self.taps:
                 tapped[layer] = self._tap(layer, x)
             arguments = (x, rotary, mask, causal, cache, layer, discard, backend, condition)
-            x = self._gradient_checkpointing_func(block, *arguments) if checkpointing else block(*arguments)
+            if hook is not None:
+                x = block(*arguments, hook.observer(layer))
+                x, rotary, mask, causal = hook.after(layer, x, rotary, mask, causal)
+            else:
+                x = self._gradient_checkpointing_func(block, *arguments) if checkpointing else block(*arguments)
         if self.norm is not None:
             x = self.norm(x)
         return (x, tapped) if self.taps else x

@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from armm.decoding.base import DecodingOutput, TokenStream
+from armm.decoding.beam import BeamSearch
 from armm.decoding.guidance import Guidance
 from armm.decoding.masked_tokens import MaskedTokenDecoding
 from armm.decoding.neighboring import NeighboringDecoding
 from armm.decoding.next_scale import NextScaleDecoding, NextScaleOutput, scale_masks
 from armm.decoding.next_token import NextTokenDecoding
+from armm.decoding.opera import OPERA
 from armm.decoding.parallel_groups import ParallelGroupsDecoding
 from armm.decoding.sampling import NoiseSource, Sampler, top_k_filter, top_p_filter
 from armm.decoding.text import TextOutput, decode_text, stream_text
@@ -45,6 +47,8 @@ def build_strategy(config: Mapping[str, Any]) -> Any:
 
 __all__ = [
     "DECODING_STRATEGIES",
+    "OPERA",
+    "BeamSearch",
     "DecodingOutput",
     "Guidance",
     "MaskedTokenDecoding",

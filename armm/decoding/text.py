@@ -72,7 +72,7 @@ def stream_text(
     if index is None:
         raise ValueError("a Condition to continue needs position ids: give its index")
     following = index[..., -1:] + torch.arange(1, max_tokens, device=device)
-    _check_room(model, index, max_tokens, grid)
+    check_room(model, index, max_tokens, grid)
     if sampler.do_sample and not isinstance(noise, NoiseSource):
         noise = NoiseSource(noise, batch, high - low, device)
 
@@ -125,7 +125,8 @@ def _prefix(
     return Condition(model.embed(ids), padding, index.expand(ids.shape), bidirectional)
 
 
-def _check_room(model: AutoregressiveModel, index: Tensor, max_tokens: int, grid: Sequence[int] | None) -> None:
+def check_room(model: AutoregressiveModel, index: Tensor, max_tokens: int, grid: Sequence[int] | None) -> None:
+    """A ValueError unless `max_tokens` fit behind the prefix at positions `index`."""
     last, positions = int(index[..., -1].max()), len(model.layout(grid))
     if last + max_tokens > positions:
         raise ValueError(

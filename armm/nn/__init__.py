@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
-from armm.nn.attention import BACKENDS, attention, attention_backend, check_backend, current_backend
+from armm.nn.attention import (
+    BACKENDS,
+    attention,
+    attention_backend,
+    attention_weights,
+    check_backend,
+    current_backend,
+    record_attention,
+)
 from armm.nn.block import Attention, Block, BlockConfig
 from armm.nn.embedders import CaptionEmbedding, LabelEmbedding, Projector
+from armm.nn.hooks import LayerHook
 from armm.nn.linear import FusedLinear
 from armm.nn.masks import (
     additive_mask,
@@ -33,6 +42,7 @@ __all__ = [
     "FusedLinear",
     "GatedMLP",
     "LabelEmbedding",
+    "LayerHook",
     "LayerNorm",
     "Modulation",
     "PositionLayout",
@@ -45,6 +55,7 @@ __all__ = [
     "apply_rotary_interleaved",
     "attention",
     "attention_backend",
+    "attention_weights",
     "block_causal_mask",
     "build_mlp",
     "build_norm",
@@ -59,6 +70,7 @@ __all__ = [
     "modulate",
     "prefix_mask",
     "raster_coordinates",
+    "record_attention",
     "rms_norm",
     "rotary_table",
     "sincos_table",

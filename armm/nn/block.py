@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from armm.cache import KVCache
 
 MAX_QUERY_SCALE = math.log(100.0)
+# observe("attention" or "mlp", normalised input [B, N, D], output [B, N, D] before it is added)
+Observer: TypeAlias = "Callable[[str, Tensor, Tensor], None]"
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,17 @@ class Attention(nn.Module):
             return (F.normalize(query.float(), dim=-1) * scale).to(query.dtype), F.normalize(key, dim=-1)
         return query, key
 
+    def project(self, x: Tensor, rotary: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [B, H, N, d], keys and values [B, Hkv, N, d] of `x` [B, N, D] at their positions."""
+        batch, length = x.shape[:2]
+        query = self.to_q(x).view(batch, length, self.heads, self.head_dim)
+        key = self.to_k(x).view(batch, length, self.kv_heads, self.head_dim)
+        value = self.to_v(x).view(batch, length, self.kv_heads, self.head_dim)
+        query, key = self.normalize(query, key)
+        if rotary is not None:
+            query, key = apply_rotary(query, rotary), apply_rotary(key, rotary)
+        return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+
     def forward(
         self,
         x: Tensor,
@@ -90,18 +103,11 @@ class Attention(nn.Module):
         discard: int,
         backend: str | None,
     ) -> Tensor:
-        batch, length = x.shape[:2]
-        query = self.to_q(x).view(batch, length, self.heads, self.head_dim)
-        key = self.to_k(x).view(batch, length, self.kv_heads, self.head_dim)
-        value = self.to_v(x).view(batch, length, self.kv_heads, self.head_dim)
-        query, key = self.normalize(query, key)
-        if rotary is not None:
-            query, key = apply_rotary(query, rotary), apply_rotary(key, rotary)
-        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        query, key, value = self.project(x, rotary)
         if cache is not None:
             key, value = cache.append(layer, key, value, discard)
-        out = attention(query, key, value, mask=mask, causal=causal, scale=self.scale, backend=backend)
-        return self.to_out(out.transpose(1, 2).reshape(batch, length, -1))
+        out = attention(query, key, value, mask=mask, causal=causal, scale=self.scale, backend=backend, layer=layer)
+        return self.to_out(out.transpose(1, 2).reshape(*x.shape[:2], -1))
 
 
 class MergedQKNorm:
@@ -188,7 +194,7 @@ class FusedBlock:
         if backend == "sdpa" and not causal and not self.grouped:
             out = F.scaled_dot_product_attention(query, key, value, mask, scale=self.scale)
         else:
-            out = attention(query, key, value, mask=mask, causal=causal, scale=self.scale, backend=backend)
+            out = attention(query, key, value, mask=mask, causal=causal, scale=self.scale, backend=backend, layer=layer)
         x = self.out.add_rows(x, (out if step else out.transpose(1, 2)).reshape(batch * length, -1), step)
 
         hidden = self.up.rows(self.mlp_norm(x), step)
@@ -239,8 +245,12 @@ class Block(nn.Module):
         discard: int = 0,
         backend: str | None = None,
         condition: Tensor | None = None,
+        observe: Observer | None = None,
     ) -> Tensor:
-        """`x` [B, N, D] -> [B, N, D]; `condition` feeds the modulation, the rest is as in `ARTransformer.forward`."""
+        """`x` [B, N, D] -> [B, N, D]; `condition` feeds the modulation, `observe` is shown what goes into and comes out of both
+        branches, the rest is as in `ARTransformer.forward`."""
+        if observe is not None:
+            return self._observed(x, rotary, mask, causal, cache, layer, discard, backend, observe)
         if self._fused is not None and not torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type):
             return self._fused(x, rotary, mask, causal, cache, layer, discard, backend)
         if self.modulation is None:
@@ -253,6 +263,19 @@ class Block(nn.Module):
         x = x + gate1 * F.dropout(branch, self.dropout, self.training)
         h = modulate(self.mlp_norm(x), shift2, scale2)
         return x + gate2 * F.dropout(self.mlp(h), self.dropout, self.training)
+
+    def _observed(self, x: Tensor, *arguments: Any) -> Tensor:
+        if self.modulation is not None:
+            raise ValueError("blocks with modulation cannot be observed")
+        *rest, observe = arguments
+        h = self.attention_norm(x)
+        branch = self.attention(h, *rest)
+        observe("attention", h, branch)
+        x = x + branch
+        h = self.mlp_norm(x)
+        branch = self.mlp(h)
+        observe("mlp", h, branch)
+        return x + branch
 
     # Fusing. The merged weights are dropped whenever the parameters may change under them.
 
