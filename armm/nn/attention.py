@@ -176,7 +176,8 @@ def attention(
     """Scaled dot-product attention of `query` [B, H, Nq, d] over `key`, `value` [B, Hkv, Nk, d] -> [B, H, Nq, d].
 
     `mask` (bool, True = may look, or additive) broadcasts to [B, H, Nq, Nk]. `causal` means the queries are the last Nq
-    of the keys' positions. Hkv divides H. `scale` defaults to d ** -0.5. `layer`: under which number `record_attention` keeps the probabilities.
+    of the keys' positions. Hkv divides H. `scale` defaults to d ** -0.5.
+    `layer`: under which number `record_attention` keeps the probabilities.
     """
     if causal:
         if query.shape[2] == 1:

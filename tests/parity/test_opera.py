@@ -106,7 +106,7 @@ def checks(case: Case, model: MultimodalModel) -> Iterator[Check]:
 
 def quick_checks(case: Case, model: MultimodalModel) -> Iterator[Check]:
     """One uncached pass, then everything: what a changed tensor shows in is found early."""
-    name = f"step{case.config['steps_with_attention'][0]}/"
+    name = "step0/"
     condition, words = prompt(model, case.io), case.io[name + "candidate_tokens"]
     logits = model.logits(model.hidden(condition)[:, -1])
     yield Check("candidate_logits", logits.topk(words.shape[1]).values[0], case.io[name + "candidate_logits"][0])
@@ -130,7 +130,10 @@ def test_scaling_any_tensor_by_a_twentieth_is_noticed(case):
     model = language_model(case)
     parameters, unnoticed = model.state_dict(), []
     for name, tensor in load_state_dict(case.path / "pytorch_model.bin").items():
-        ((target, value),) = apply_rules({name: tensor.float() * 1.05}, llama.RULES).items()
+        scaled = apply_rules({name: tensor.float() * 1.05}, llama.RULES)
+        if not scaled:
+            continue  # the rotary table, which is computed and not read
+        ((target, value),) = scaled.items()
         saved = parameters[target].clone()
         parameters[target].copy_(value)
         if first_problem(quick_checks(case, model)) is None:
