@@ -62,6 +62,9 @@ PUBLIC_NAMES: dict[str, str] = {
     "TokenShuffleDecoding": "armm.decoding.token_shuffle",
     "NextScaleDecoding": "armm.decoding.next_scale",
     "StepAnnealing": "armm.decoding.annealing",
+    "TokenPruning": "armm.pruning.transition",
+    "VisualTokenExit": "armm.pruning.exits",
+    "VisualTokenGates": "armm.pruning.exits",
     "BeamSearch": "armm.decoding.beam",
     "OPERA": "armm.decoding.opera",
     "DecodingOutput": "armm.decoding.base",
@@ -76,7 +79,7 @@ PUBLIC_NAMES: dict[str, str] = {
 }
 
 # Public submodules reachable as attributes: `armm.zoo`, `armm.convert.llamagen`, ...
-PUBLIC_MODULES: tuple[str, ...] = ("convert", "data", "evaluation", "training", "weights", "zoo")
+PUBLIC_MODULES: tuple[str, ...] = ("convert", "data", "evaluation", "explain", "pruning", "training", "weights", "zoo")
 
 __all__ = ["__version__", *PUBLIC_NAMES, *PUBLIC_MODULES]
 

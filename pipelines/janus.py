@@ -10,6 +10,7 @@ from diffusers import DiffusionPipeline
 from diffusers.utils.doc_utils import replace_example_docstring
 
 from armm.condition import Condition
+from armm.decoding.beam import BeamSearch
 from armm.decoding.guidance import Guidance
 from armm.decoding.next_token import NextTokenDecoding
 from armm.decoding.sampling import Sampler
@@ -358,6 +359,7 @@ class JanusPipeline(UnderstandingPipeline):
                     ids,
                     [(start, start + count) for start in starts],
                     [grid] * number,
+                    (starts[-1] + count + 1 if starts else 0, len(ids) - 1),
                     self.transformer.max_positions - len(ids),
                 )
             )
@@ -376,6 +378,7 @@ class JanusPipeline(UnderstandingPipeline):
         temperature: float = 0.0,
         top_k: int = 0,
         top_p: float = 1.0,
+        search: BeamSearch | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: bool = True,
         callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
@@ -395,6 +398,7 @@ class JanusPipeline(UnderstandingPipeline):
             max_new_tokens (`int`, *optional*): longest text; by default the checkpoint's.
             temperature (`float`, *optional*, defaults to 0): 0 says the likeliest token.
             top_k, top_p: filters of the draw when `temperature` is above 0.
+            search (`BeamSearch` or `OPERA`, *optional*): looks for the likeliest text with several beams.
             generator (`torch.Generator` or `list`, *optional*): one for the call, or one for each text.
             return_dict (`bool`, *optional*, defaults to `True`): return an `ARTextOutput` rather than a tuple.
             callback_on_step_end (`Callable`, *optional*): called as `callback(pipe, step, timestep, tensors)` after each token;
@@ -413,8 +417,9 @@ class JanusPipeline(UnderstandingPipeline):
             replaced = self.step_end(callback_on_step_end, callback_on_step_end_tensor_inputs, step, {"latents": ids})
             return replaced.get("latents")
 
-        written = self.write(
+        written, cost = self.write(
             readings,
+            search=search,
             max_new_tokens=self.text_length(readings, max_new_tokens),
             sampler=sampler,
             generator=generator,
@@ -422,7 +427,11 @@ class JanusPipeline(UnderstandingPipeline):
         )
         texts = [self.decode_words(ids).strip() for ids in written]
         self.maybe_free_model_hooks()
-        return ARTextOutput(texts=texts) if return_dict else (texts,)
+        return ARTextOutput(texts=texts, cost=cost) if return_dict else (texts,)
+
+    def ask(self, image: Any, question: Any = None, **options: Any) -> ARTextOutput:
+        """`chat`, by the name that all pipelines share that read; without a question the image is described."""
+        return self.chat(image, question or "Describe the picture.", **options)  # type: ignore[return-value]
 
     def stream_chat(
         self, image: Any = None, question: str | None = None, *, max_new_tokens: int | None = None, **options: Any

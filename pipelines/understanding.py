@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import DiffusionPipeline
 
 from armm.condition import Condition, concatenate
+from armm.decoding.acceleration import Acceleration
+from armm.decoding.beam import BeamSearch
 from armm.decoding.sampling import Sampler
-from armm.decoding.text import decode_text, stream_text
+from armm.decoding.text import TextOutput, decode_text, stream_text
+from armm.pruning import Cost, VisualPruning
 
 from .base import ARPipeline
 
@@ -27,6 +30,7 @@ class Reading:
         ids: of the T tokens; what stands for an image token does not matter.
         images: (first, behind the last) of the tokens of each image.
         grids: (height, width) of each image in tokens.
+        question: (first, behind the last) of the tokens that ask; what comes after them belongs to the form.
         limit: longest text that can follow.
     """
 
@@ -34,6 +38,7 @@ class Reading:
     ids: list[int]
     images: list[tuple[int, int]] = field(default_factory=list)
     grids: list[tuple[int, int]] = field(default_factory=list)
+    question: tuple[int, int] = (0, 0)
     limit: int = 1
 
 
@@ -46,6 +51,7 @@ class UnderstandingPipeline(ARPipeline):
 
     transformer: Any
     pads_readings = True
+    _accelerations: ClassVar[tuple[type[Acceleration], ...]] = (VisualPruning,)
 
     @property
     def stop_id(self) -> int:
@@ -82,8 +88,26 @@ class UnderstandingPipeline(ARPipeline):
         if max_new_tokens is not None:
             self.check_number("max_new_tokens", max_new_tokens, low=1, high=room, integer=True)
 
-    def groups(self, readings: Sequence[Reading]) -> list[list[int]]:
-        """Which readings go through the model together."""
+    @property
+    def pruning(self) -> VisualPruning | None:
+        """The pruning of image tokens, if it is enabled."""
+        return self.acceleration if isinstance(self.acceleration, VisualPruning) else None
+
+    def check_search(self, search: Any, temperature: float = 0.0) -> None:
+        """Raises unless `search` is None or a search over texts that can be used as things are."""
+        if search is None:
+            return
+        if not isinstance(search, BeamSearch):
+            raise TypeError(f"`search` must be a BeamSearch or an OPERA, got {type(search).__name__}.")
+        if temperature > 0:
+            raise ValueError("`search` takes the likeliest texts: leave `temperature` at 0.")
+        if self.pruning is not None:
+            raise ValueError("`search` does not go with the pruning of image tokens: call `disable_acceleration()` first.")
+
+    def groups(self, readings: Sequence[Reading], alone: bool = False) -> list[list[int]]:
+        """Which readings go through the model together; `alone`: none."""
+        if alone:
+            return [[row] for row in range(len(readings))]
         if self.pads_readings:
             return [list(range(len(readings)))]
         lengths = sorted({reading.condition.length for reading in readings})
@@ -95,14 +119,16 @@ class UnderstandingPipeline(ARPipeline):
         *,
         max_new_tokens: int | None = None,
         sampler: Sampler | None = None,
+        search: BeamSearch | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         callback: Callable[[int, torch.Tensor], torch.Tensor | None] | None = None,
-    ) -> list[list[int]]:
-        """Ids of the texts that follow `readings`, without the stop token.
+    ) -> tuple[list[list[int]], Cost | None]:
+        """Ids of the texts that follow `readings`, without the stop token, and their cost where image tokens are pruned.
 
         Args:
             max_new_tokens: longest text; None is as long as the model can say.
             sampler: default greedy.
+            search: a `BeamSearch` or `OPERA` instead; texts are then written one after the other, as with pruning.
             generator: one for the call, or one for each text; a text does not depend on what it is written with.
             callback: called as `callback(step, ids)` after each token of a group of readings.
         """
@@ -112,24 +138,50 @@ class UnderstandingPipeline(ARPipeline):
             seeds = torch.randint(2**62, (len(readings),), generator=generator, device=generator.device).tolist()
             generator = [torch.Generator(generator.device).manual_seed(seed) for seed in seeds]
         texts: list[list[int]] = [[] for _ in readings]
+        cost = None if self.pruning is None else Cost()
         self._interrupt = False
         self._num_timesteps = max_new_tokens or max(reading.limit for reading in readings)
-        for rows in self.groups(readings):
-            output = decode_text(
-                self.transformer,
-                concatenate([readings[row].condition for row in rows]),
-                stop_id=self.stop_id,
-                max_tokens=max_new_tokens or min(readings[row].limit for row in rows),
-                sampler=sampler,
-                noise=None if generator is None else [generator[row] for row in rows],
-                vocabulary=self.text_range,
-                callback=callback,
-                interrupt=lambda: self._interrupt,
-                check_every=2,
-            )
+        for rows in self.groups(readings, search is not None or self.pruning is not None):
+            condition = concatenate([readings[row].condition for row in rows])
+            length = max_new_tokens or min(readings[row].limit for row in rows)
+            noise = None if generator is None else [generator[row] for row in rows]
+            output = self._continue(condition, readings[rows[0]], length, sampler, search, noise, callback)
             for row, ids in zip(rows, output.tokens(), strict=True):
                 texts[row] = ids
-        return texts
+            if cost is not None and output.cost is not None:
+                cost += output.cost
+        return texts, cost
+
+    def _continue(
+        self,
+        condition: Condition,
+        reading: Reading,
+        length: int,
+        sampler: Sampler | None,
+        search: BeamSearch | None,
+        noise: list[torch.Generator] | None,
+        callback: Callable[[int, torch.Tensor], torch.Tensor | None] | None,
+    ) -> TextOutput:
+        shared: dict[str, Any] = {
+            "stop_id": self.stop_id,
+            "max_tokens": length,
+            "vocabulary": self.text_range,
+            "callback": callback,
+            "interrupt": lambda: self._interrupt,
+        }
+        if search is not None:
+            image = (reading.images[0][0], reading.images[-1][1]) if reading.images else None
+            return search(self.transformer, condition, image=image, **shared)
+        return decode_text(
+            self.transformer,
+            condition,
+            sampler=sampler,
+            noise=noise,
+            check_every=2,
+            pruning=self.pruning,
+            images=reading.images,
+            **shared,
+        )
 
     def stream(self, reading: Reading, max_new_tokens: int | None = None, **options: Any) -> Iterator[str]:
         """The text that follows one reading, piece by piece as it is written; joined, the pieces are the whole text.
@@ -148,6 +200,8 @@ class UnderstandingPipeline(ARPipeline):
             vocabulary=self.text_range,
             interrupt=lambda: self._interrupt,
             check_every=1,
+            pruning=self.pruning,
+            images=reading.images,
             **options,
         ):
             row = ids[0].tolist()

@@ -27,6 +27,8 @@ ROOMS = {
     "trunk": ("armm.transformer", "armm.cache", "armm.heads", "armm.model", "armm.model_base", "armm.condition",
               "armm.next_scale_model", "armm.multimodal_model"),  # fmt: skip
     "decoding": ("armm.decoding",),
+    "pruning": ("armm.pruning",),
+    "explain": ("armm.explain",),
     "pipelines": ("pipelines",),
     "data": ("armm.data",),
     "training": ("armm.training",),
@@ -35,7 +37,7 @@ ROOMS = {
     "zoo": ("armm.zoo", "armm.auto"),
     "cli": ("armm.cli",),
 }
-LOW = {"leaf", "nn", "trunk", "decoding", "tokenizers"}
+LOW = {"leaf", "nn", "trunk", "decoding", "tokenizers", "pruning", "explain"}
 # Room -> the rooms it may import besides itself. Only the command line goes through the front door.
 ALLOWED = {
     "front": {"leaf"},
@@ -44,6 +46,8 @@ ALLOWED = {
     "tokenizers": {"nn"},
     "trunk": {"nn"},
     "decoding": {"nn", "trunk"},
+    "pruning": {"nn", "trunk", "decoding"},
+    "explain": {"nn", "trunk", "decoding"},
     "pipelines": LOW,
     "data": {"leaf"},
     "evaluation": LOW | {"pipelines", "data"},

@@ -47,7 +47,9 @@ class TextBeam:
             raise ValueError("a Condition to continue needs position ids: give its index")
         check_room(model, prefix.index, max_tokens, grid)
         self.model, self.prefix, self.grid = model, prefix, grid
-        self.positions = prefix.index[..., -1:] + torch.arange(1, max_tokens + 1, device=prefix.embeds.device)
+        following = prefix.index[..., -1:] + torch.arange(1, max_tokens + 1, device=prefix.embeds.device)
+        # The last token is never fed, so what a search asks there may stand at the layout's last position.
+        self.positions = following.clamp(max=len(model.layout(grid)) - 1)
         self.num_calls = 0
 
     def open(self, prefix: Condition, fed: Tensor) -> TokenStream:

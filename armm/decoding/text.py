@@ -15,15 +15,18 @@ from armm.decoding.sampling import NoiseSource, Sampler
 
 if TYPE_CHECKING:
     from armm.model import AutoregressiveModel
+    from armm.pruning.base import VisualPruning
+    from armm.pruning.cost import Cost
 
 
 @dataclass
 class TextOutput:
-    """ids [B, M], each row filled up with the stop token; lengths [B] without it; num_calls of the trunk."""
+    """ids [B, M], each row filled up with the stop token; lengths [B] without it; num_calls of the trunk; cost, if tokens were pruned."""
 
     ids: Tensor
     lengths: Tensor
     num_calls: int = 0
+    cost: Cost | None = None
 
     def tokens(self) -> list[list[int]]:
         """The ids of each row up to its stop token."""
@@ -46,6 +49,8 @@ def stream_text(
     callback: StepCallback | None = None,
     interrupt: Callable[[], bool] | None = None,
     check_every: int = 8,
+    pruning: VisualPruning | None = None,
+    images: Sequence[tuple[int, int]] = (),
 ) -> Generator[Tensor, None, TextOutput]:
     """After each token, the ids so far [B, step + 1]; at the end a `TextOutput`.
 
@@ -56,7 +61,8 @@ def stream_text(
     it. What is generated takes the positions behind the last one. mask: bool [B, T], False on padding (on the left).
     sampler: default greedy. vocabulary: (low, high), the ids that may be said. All ids here, the stop token and the
     result included, are ids of the whole vocabulary. Whether every row has stopped is looked up every `check_every`
-    tokens only.
+    tokens only. pruning: drops image tokens on the way; the prefix is then one row, and images are the (first, behind the last) of its
+    image tokens.
     """
     if isinstance(ids, Tensor) and (ids.dim() != 2 or ids.shape[1] == 0):
         raise ValueError(f"ids must be [batch, tokens] with at least one token, got shape {tuple(ids.shape)}")
@@ -76,7 +82,13 @@ def stream_text(
     if sampler.do_sample and not isinstance(noise, NoiseSource):
         noise = NoiseSource(noise, batch, high - low, device)
 
-    stream = TokenStream(model, prefix, model.positions_for(index, grid), model.positions_for(following, grid))
+    run = None
+    if pruning is not None:
+        if batch != 1:
+            raise ValueError(f"image tokens are dropped from one prompt at a time, got {batch} rows")
+        run = pruning.begin(model, prefix, images, following.expand(1, -1), grid)
+    tables = (model.positions_for(positions, grid) for positions in (index, following))
+    stream = TokenStream(model, prefix, *tables, hook=run)
     out = torch.full((batch, max_tokens), stop_id, dtype=torch.long, device=device)
     finished = torch.zeros(batch, dtype=torch.bool, device=device)
     token = out[:, 0]
@@ -98,7 +110,7 @@ def stream_text(
         if step % check_every == check_every - 1 and bool(finished.all()):
             break
     lengths = (out == stop_id).int().cumsum(1).eq(0).sum(1)
-    return TextOutput(out, lengths, stream.num_calls)
+    return TextOutput(out, lengths, stream.num_calls, None if run is None else run.cost())
 
 
 def decode_text(model: AutoregressiveModel, ids: Tensor | Condition, **options: Any) -> TextOutput:

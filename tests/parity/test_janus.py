@@ -85,7 +85,7 @@ def understanding_checks(pipe: JanusPipeline, io: dict[str, torch.Tensor], case:
     expected = io["und/generated_ids"]
     readings = pipe.readings(images, prompt_ids=prompts)
     for together in ([readings], [[reading] for reading in readings]):  # as a batch, and one at a time
-        written = [text for part in together for text in pipe.write(part, max_new_tokens=expected.shape[1])]
+        written = [text for part in together for text in pipe.write(part, max_new_tokens=expected.shape[1])[0]]
         filled = [text + [pipe.stop_id] * (expected.shape[1] - len(text)) for text in written]
         yield Check("und/generated_ids", torch.tensor(filled), expected)
 
