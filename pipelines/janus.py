@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
+import PIL.Image
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils.doc_utils import replace_example_docstring
@@ -304,6 +305,11 @@ class JanusPipeline(UnderstandingPipeline):
         """Images in any form (see `pictures`) as what the image encoder takes: float32 [B, 3, S, S]."""
         config = self.image_encoder.config
         return square_pixels(image, config.image_size, config.image_mean, config.image_std, config.min_size)
+
+    def seen(self, image: Any) -> PIL.Image.Image:
+        size = self.image_encoder.image_size
+        pixels = square_pixels(image, size, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), self.image_encoder.config.min_size)[:1]
+        return self.pixels_to_images(pixels, "pil")[0]  # type: ignore[return-value]
 
     def readings(
         self,

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import PIL.Image
 import torch
 from diffusers import DiffusionPipeline
 
@@ -14,6 +15,7 @@ from armm.decoding.acceleration import Acceleration
 from armm.decoding.beam import BeamSearch
 from armm.decoding.sampling import Sampler
 from armm.decoding.text import TextOutput, decode_text, stream_text
+from armm.explain import Balance, Explanation
 from armm.pruning import Cost, VisualPruning
 
 from .base import ARPipeline
@@ -212,3 +214,66 @@ class UnderstandingPipeline(ARPipeline):
                 yield text[len(said) :]
                 said = text
         self.maybe_free_model_hooks()
+
+    # ------------------------------------------------------------------ explaining
+
+    def readings(self, image: Any, question: Any = None, **options: Any) -> list[Reading]:
+        """The prompts of a request."""
+        raise NotImplementedError
+
+    def seen(self, image: Any) -> PIL.Image.Image:
+        """One image as the model sees it."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def explain(
+        self,
+        image: Any,
+        question: str | None = None,
+        *,
+        method: str = "tam",
+        scales: Sequence[float] = (0.75, 1.0, 1.25),
+        ranking: int = 50,
+        kernel: int = 3,
+        max_new_tokens: int | None = None,
+    ) -> Explanation:
+        """Where in the image each word of the answer comes from.
+
+        Args:
+            image: one image.
+            question (`str`, *optional*): asked about it.
+            method: "tam" (Token Activation Map, arXiv 2506.23270) takes away what the words before a word draw from the image;
+                "arc" lets words stay that would go on alike, "msea" averages over scales of the picture, "msea+arc" does both
+                (after arXiv 2509.22415).
+            scales: of "msea".
+            ranking: of "arc", how many next words are compared.
+            kernel: side of the window that denoises the maps; 1 turns it off.
+            max_new_tokens (`int`, *optional*): longest answer.
+
+        Returns:
+            [`Explanation`]: the answer's words with a map for each; `overlay` and `image` draw them.
+        """
+        from . import explaining
+
+        return explaining.explain(self, image, question, method, scales, ranking, kernel, max_new_tokens)
+
+    @torch.no_grad()
+    def attention_balance(
+        self,
+        image: Any,
+        question: str | None = None,
+        *,
+        max_new_tokens: int | None = None,
+        ignore_first: bool = False,
+    ) -> Balance:
+        """How the written words share their attention between the prompt's text and the image (arXiv 2508.10552).
+
+        Args:
+            ignore_first: leave out the first token, on which attention that nobody needs comes to rest.
+
+        Returns:
+            [`Balance`]: modality dominance and attention efficiency of each layer, and a picture of them.
+        """
+        from . import explaining
+
+        return explaining.balance(self, image, question, max_new_tokens, ignore_first)

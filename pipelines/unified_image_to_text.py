@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import PIL.Image
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import replace_example_docstring
 
 from armm.decoding.beam import BeamSearch
 
+from .images import images_to_pixels
 from .outputs import ARTextOutput
 from .understanding import Reading, UnderstandingPipeline
 from .unified import UnifiedPipeline
@@ -119,6 +121,10 @@ class UnifiedImageToTextPipeline(UnderstandingPipeline, UnifiedPipeline):
     def ask(self, image: Any, question: Any = None, **options: Any) -> ARTextOutput:
         """The call, by the name that all pipelines share that read."""
         return self(image, question, **options)  # type: ignore[return-value]
+
+    def seen(self, image: Any) -> PIL.Image.Image:
+        pixels = images_to_pixels(image, self.image_size)[:1]
+        return self.pixels_to_images(pixels, "pil")[0]  # type: ignore[return-value]
 
     def readings(
         self,
