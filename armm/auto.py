@@ -43,7 +43,7 @@ def pipeline(model: str | Path, **kwargs: Any) -> ARPipeline:
             - a published model's name, such as "llamagen-c2i-b-256" (see `armm.list_models`): the authors' own files are
               downloaded and converted, and both are cached;
             - a directory written by `save_pretrained`, or a hub id of one.
-        kwargs: passed to the pipeline's `from_pretrained` (`dtype`, components, ...).
+        kwargs: passed to the pipeline's `from_pretrained` (`dtype`, `decoding`, components, ...).
     """
     name = str(model)
     if name in TASKS:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
+
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.modeling_utils import ModelMixin
-from torch import nn
+from torch import Tensor, nn
 
+from armm.int8_weights import unpack_rows
 from armm.transformer import ARTransformer
 
 __all__ = ["TrunkModel"]
@@ -27,6 +30,11 @@ class TrunkModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
     def __getattr__(self, name: str):
         # Submodules only: diffusers would also look in the config, where an entry may have a submodule's name.
         return nn.Module.__getattr__(self, name)
+
+    def _fix_state_dict_keys_on_load(self, state_dict: MutableMapping[str, Tensor]) -> None:
+        # Called by diffusers between reading a file and filling the parameters. See `armm.int8_weights`.
+        unpack_rows(state_dict)
+        super()._fix_state_dict_keys_on_load(state_dict)
 
     def fuse_projections(self) -> None:
         """Prepare for fast inference; see `ARTransformer.fuse_projections`. Parameters keep their names."""

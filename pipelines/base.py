@@ -27,7 +27,7 @@ from armm.decoding.guidance import Guidance
 from armm.hub import fetch_snapshot
 from tokenizers_visual.codes import Codes
 
-from . import loading
+from . import decodings, loading
 from .outputs import ARPipelineOutput, ARVideoOutput
 
 __all__ = ["ARPipeline", "DiffusionPipeline", "OUTPUT_TYPES"]
@@ -70,6 +70,8 @@ class ARPipeline(DiffusionPipeline):
                 "organisation/repository" on the hub.
             dtype (`torch.dtype` or `dict`, *optional*): dtype of the weights; a dict names components and `"default"`.
                 `torch_dtype` is accepted as well.
+            decoding (`str` or a decoding strategy, *optional*): the name of one of the decodings that the checkpoint offers (a
+                wrong one lists them), with the transformer trained for it; or a strategy for the checkpoint's own transformer.
             kwargs: everything that `DiffusionPipeline.from_pretrained` accepts, components included.
         """
         if "torch_dtype" in kwargs:
@@ -95,10 +97,17 @@ class ARPipeline(DiffusionPipeline):
                 f"`armm.{index['_class_name']}.from_pretrained` or with `armm.pipeline`, which reads the class from the directory."
             )
         loading.import_component_modules(index)
+        offer = None
+        if isinstance(kwargs.get("decoding"), str):
+            offer = decodings.load(folder, index, kwargs.pop("decoding"), kwargs.get("dtype"))
+            kwargs |= {part: component for part, component in offer[2].items() if part not in kwargs}
         loading.check_component_files(folder, index, skip=set(kwargs), variant=kwargs.get("variant"))
         pipe = DiffusionPipeline.from_pretrained.__func__(target, str(folder), **kwargs)
         if kwargs.get("quantization_config") is None:
             loading.check_loaded_weights(pipe, folder, index, skip=set(kwargs), variant=kwargs.get("variant"))
+        if offer is not None and offer[2]:
+            loading.check_loaded_weights(pipe, offer[0], offer[1], skip=set(), variant=None)
+            pipe.register_generation_config(offer[1].get("generation_config"))
         pipe.register_to_config(_name_or_path=name)
         pipe.fuse_projections()
         return pipe

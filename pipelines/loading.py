@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 
+from armm.int8_weights import parameter_names
+
 logger = logging.getLogger(__name__)
 
 OUR_PACKAGES = ("armm", "tokenizers_visual", "pipelines")
@@ -169,7 +171,7 @@ def check_loaded_weights(
 ) -> None:
     """Raises ValueError unless each component took every tensor of its files and found every tensor it needs."""
     for name in _our_models(index, skip):
-        stored = _stored_keys(weight_files(folder / name, variant))
+        stored = parameter_names(_stored_keys(weight_files(folder / name, variant)))
         needed = set(getattr(pipe, name).state_dict())
         if stored == needed:
             continue

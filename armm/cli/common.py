@@ -122,9 +122,10 @@ def load_pipeline(model: str, args: argparse.Namespace) -> Any:
     import armm
 
     device = resolve_device(args.device)
+    options = {"decoding": args.decoding} if getattr(args, "decoding", None) else {}
     logging.disable_progress_bar()  # loading takes a moment; what the bars of a call show is worth seeing
     try:
-        pipe = armm.pipeline(model, dtype=resolve_dtype(args.dtype, device)).to(device)
+        pipe = armm.pipeline(model, dtype=resolve_dtype(args.dtype, device), **options).to(device)
     finally:
         logging.enable_progress_bar()
     pipe.set_progress_bar_config(disable=args.quiet, leave=False)

@@ -40,7 +40,7 @@ alone or together with others. Without --seed one is chosen and printed."""
 EXAMPLES = """\
   armm generate "a small red sphere to the left of a large blue cube" -o scene.png
   armm generate "a large shiny cone at night" "a red cube and a blue sphere" -o out.png --num-images 4 --grid --seed 3
-  armm generate "a red cone behind a green cube" -o out.png --animate steps.gif
+  armm generate "a red cone behind a green cube" -o out.png --animate steps.gif --decoding neighboring
   armm generate --model llamagen-c2i-b-256 --class-labels 207 360 -o animals.png --guidance-scale 4
   armm generate --model my-video-model --class-labels 7 --video surf.gif --fps 8
 """
@@ -63,6 +63,9 @@ def add(subparsers: argparse._SubParsersAction) -> None:
         "--model", default="text-to-image", help="a zoo name, a hub id or a folder (default: the shipped model)"
     )
     parser.add_argument(
+        "--decoding", metavar="NAME", help="one of the decodings that the model offers, such as neighboring"
+    )
+    parser.add_argument(
         "--class-labels", nargs="+", type=label, metavar="N", help="class numbers or names instead of prompts"
     )
     parser.add_argument(
@@ -70,6 +73,9 @@ def add(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument(
         "--grid", action="store_true", help="put all pictures in one file instead of FILE-0, FILE-1, ..."
+    )
+    parser.add_argument(
+        "--num-candidates", type=whole(1, 256), metavar="N", help="draw N for each picture and keep the one that fits its prompt best"
     )
     parser.add_argument("--guidance-scale", type=real(0.0), metavar="X", help="classifier-free guidance; 1 is none")
     parser.add_argument(
@@ -152,6 +158,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"{type(pipe).__name__} makes {made}: give {option}")
     options = {
         **what,
+        "num_candidates": args.num_candidates,
         "guidance_scale": args.guidance_scale,
         "temperature": args.temperature,
         "top_k": args.top_k,

@@ -8,6 +8,7 @@ from typing import Any
 from armm.decoding.base import DecodingOutput, TokenStream
 from armm.decoding.beam import BeamSearch
 from armm.decoding.guidance import Guidance
+from armm.decoding.likelihood import text_log_likelihood
 from armm.decoding.masked_tokens import MaskedTokenDecoding
 from armm.decoding.neighboring import NeighboringDecoding
 from armm.decoding.next_scale import NextScaleDecoding, NextScaleOutput, scale_masks
@@ -66,6 +67,7 @@ __all__ = [
     "decode_text",
     "scale_masks",
     "stream_text",
+    "text_log_likelihood",
     "top_k_filter",
     "top_p_filter",
 ]

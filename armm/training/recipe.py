@@ -73,7 +73,7 @@ class Recipe:
         steps: optimizer steps in all.
         batch_size: rows of a step of one process: a number, or `[[from_fraction, size], ...]` to change it on the way.
         precision: autocast dtype; "bf16" is several times faster than "no" where the processor has it.
-        export_dtype: dtype of the exported weights.
+        export_dtype: dtype of the exported weights; "int8" (transformers only) stores matrices as integers with a scale per row.
         checkpoint_minutes: minutes between checkpoints.
         log_every, validate_every, sample_every: steps; 0 turns it off.
         model, data, loss: mappings that the task reads; unknown keys are errors.
@@ -97,7 +97,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         _choice("precision", self.precision, PRECISIONS)
-        _choice("export_dtype", self.export_dtype, ("fp32", "bf16", "fp16"))
+        _choice("export_dtype", self.export_dtype, ("fp32", "bf16", "fp16", "int8"))
         for name, value in (("steps", self.steps), ("seed", self.seed)):
             if not isinstance(value, int) or isinstance(value, bool):
                 raise ValueError(f"`{name}` must be a whole number, got {value!r}.")

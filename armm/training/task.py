@@ -7,6 +7,7 @@ import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Collection
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -33,8 +34,12 @@ class TrainingTask(ABC):
 
     module: nn.Module
     adversary: nn.Module | None = None
+    export_dtypes: ClassVar[tuple[str, ...]] = ("fp32", "bf16", "fp16")
 
     def __init__(self, recipe: Recipe) -> None:
+        if recipe.export_dtype not in self.export_dtypes:
+            allowed = ", ".join(self.export_dtypes)
+            raise ValueError(f"`export_dtype` of the task {recipe.task!r} must be one of {allowed}, got {recipe.export_dtype!r}.")
         self.recipe = recipe
 
     @abstractmethod
@@ -88,7 +93,8 @@ class TrainingTask(ABC):
 
     @property
     def export_dtype(self) -> torch.dtype:
-        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.recipe.export_dtype]
+        """dtype of the exported parameters (before they are packed, if they are)."""
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.recipe.export_dtype, torch.float32)
 
 
 def fresh_copy(model: nn.Module) -> nn.Module:

@@ -17,11 +17,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor, nn
 
 from armm.data.scenes import SceneDataset
 from armm.decoding import build_strategy
 from armm.decoding.base import Trunk
+from armm.int8_weights import pack_file
 from armm.model import AutoregressiveModel
 from armm.training.recipe import Recipe, take
 from armm.training.task import Batch, TrainingTask, cast_weights, fresh_copy
@@ -32,6 +34,7 @@ from tokenizers_visual.vq_tokenizer import VQTokenizer
 from .unified_data import UnifiedData, prepare_codes, prepare_texts, scene_vocabulary
 from .unified_infilling import caption_with_hole, holed_images, holed_loss
 from .unified_rows import reading_mask, reading_positions, save_captioned_grid
+from .unified_start import start_from
 
 logger = logging.getLogger(__name__)
 
@@ -45,8 +48,9 @@ class UnifiedTask(TrainingTask):
         words of a prompt see each other whole), `bidirectional_image` (so does an image that is read), `decoding` (the
         strategy: `type`, a name of `armm.decoding.DECODING_STRATEGIES`, and its arguments), `holes` (sentinels in the
         vocabulary, for infilling), `transformer` (arguments of `ARTransformer`), `head` and `shuffle` (of
-        `AutoregressiveModel`, as the strategy needs them), `start` (directory of trained weights to go on from), `compile` (the
-        trunk; needs a C++ compiler), `generation` (generation config of the export).
+        `AutoregressiveModel`, as the strategy needs them), `start` (directory of trained weights to go on from: this
+        model's, or one's with another decoding), `compile` (the trunk; needs a C++ compiler), `generation` (generation config
+        of the export).
     data: `tokenizer` (directory of a trained `VQTokenizer`), scenes, size, seed, validation (scenes), `cache` (directory of
         what is made once; by default beside the output directory), captions and questions (written per scene),
         `reading_share` (of the rows), `questions_per_row`, `null_share` (of the drawing rows, without their caption),
@@ -54,6 +58,8 @@ class UnifiedTask(TrainingTask):
         `infilling_share` (of the drawing rows once more as images with holes, and of the captions).
     loss: weights of `caption`, `answer` and `infilling` relative to the codes of drawing rows.
     """
+
+    export_dtypes = (*TrainingTask.export_dtypes, "int8")
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__(recipe)
@@ -123,7 +129,7 @@ class UnifiedTask(TrainingTask):
             bidirectional_image=bool(self.settings["bidirectional_image"]),
         )
         if self.settings["start"]:
-            self.model.load_state_dict(AutoregressiveModel.from_pretrained(self.settings["start"]).state_dict())
+            start_from(self.model, AutoregressiveModel.from_pretrained(self.settings["start"]))
         self.module = nn.ModuleDict({"model": self.model})
         self._compiled: Trunk | None = None
 
@@ -351,3 +357,5 @@ class UnifiedTask(TrainingTask):
             tokenizer=cast_weights(tokenizer, torch.float16),  # as the tokenizer's own recipe ships it
         )
         pipe.save_pretrained(directory)
+        if self.recipe.export_dtype == "int8":
+            pack_file(directory / "transformer" / SAFETENSORS_WEIGHTS_NAME)
