@@ -10,7 +10,7 @@ from typing import Any
 
 from armm import weights, zoo
 from armm.convert import family_module
-from armm.hub import converted_folder, fetch
+from armm.hub import converted_folder, fetch, fetch_snapshot
 from pipelines.base import ARPipeline
 from pipelines.loading import INDEX_NAME
 
@@ -72,22 +72,28 @@ def published_pipeline(name: str, *, config: dict[str, Any] | None = None, **kwa
             the pipeline's `from_pretrained`.
     """
     entry = zoo.get(name)
-    if entry.tokenizer is None:
+    if entry.task == "tokenizer":
         users = [other.name for other in zoo.ZOO.values() if other.tokenizer == entry.name]
         raise ValueError(
             f"{entry.name} is a tokenizer, not a generator; use `armm.convert.convert({entry.family!r}, path)` for the tokenizer alone"
             + (f", or one of the models that use it: {', '.join(users)}." if users else ".")
         )
     options = {key: kwargs.pop(key) for key in _HUB_OPTIONS if key in kwargs}
-    tokenizer_entry = zoo.get(entry.tokenizer)
-    file = fetch(entry.repo, entry.file, **options)
-    tokenizer_file = fetch(tokenizer_entry.repo, tokenizer_entry.file, **options)
+    tokenizer_file: Path | None = None
+    if entry.file:
+        tokenizer_entry = zoo.get(entry.tokenizer or "")
+        file = fetch(entry.repo, entry.file, **options)
+        tokenizer_file = fetch(tokenizer_entry.repo, tokenizer_entry.file, **options)
+        sources = [file, tokenizer_file]
+    else:
+        file = fetch_snapshot(entry.repo, **options)
+        sources = sorted(path for path in file.iterdir() if path.suffix in (".bin", ".safetensors"))
     module, class_name = FAMILY_PIPELINES[entry.family]
     pipeline_class = getattr(importlib.import_module(module), class_name)
     config = {**entry.config, **(config or {})}
-    folder = converted_folder(entry.name, [file, tokenizer_file], config)
+    folder = converted_folder(entry.name, sources, config)
     if not (folder / INDEX_NAME).is_file():
-        logger.info("converting %s into %s", entry.file, folder)
+        logger.info("converting %s into %s", entry.file or entry.repo, folder)
         parts = family_module(entry.family).load_single_file(
             file,
             tokenizer=tokenizer_file,

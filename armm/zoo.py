@@ -15,9 +15,9 @@ class ZooEntry:
     Args:
         name: how `armm.pipeline` and `armm zoo` call it.
         family: the converter that reads its files.
-        task: "class-to-image", "text-to-image" or "tokenizer".
+        task: "class-to-image", "text-to-image", "text-and-image" (draws and reads) or "tokenizer".
         repo: hub repository of `file`.
-        file: the authors' own file.
+        file: the authors' own file; empty where the whole repository is read.
         parameters: of the model in `file`, in millions.
         licence: as the authors state it.
         image_size: side of the images in pixels; 0 for tokenizers, which take any size.
@@ -197,14 +197,37 @@ _ELM_ENTRIES = (
     _elm("mlmXL-1-16", 819),
     _elm("mlmXXL-1-16", 1464),
 )
-ZOO: dict[str, ZooEntry] = {entry.name: entry for entry in (*_ENTRIES, *_ELM_ENTRIES)}
+
+
+def _janus(name: str, parameters: float, paper: str, figures: dict[str, float]) -> ZooEntry:
+    return ZooEntry(
+        name.lower(),
+        family="janus",
+        task="text-and-image",
+        repo=f"deepseek-ai/{name}",
+        file="",
+        parameters=parameters,
+        licence="MIT (code); DeepSeek Model License (weights)",
+        image_size=384,
+        generation_config={"guidance_scale": 5.0, "temperature": 1.0, "max_new_tokens": 512},
+        figures=figures,
+        paper=paper,
+    )
+
+
+_JANUS_ENTRIES = (
+    _janus("Janus-1.3B", 2090, "2410.13848", {"GenEval": 0.61, "DPG-Bench": 79.68, "POPE": 87.0, "MMBench": 69.4}),
+    _janus("Janus-Pro-1B", 2090, "2501.17811", {"GenEval": 0.73, "DPG-Bench": 82.63, "POPE": 86.2, "MMBench": 75.5}),
+    _janus("Janus-Pro-7B", 7420, "2501.17811", {"GenEval": 0.80, "DPG-Bench": 84.19, "POPE": 87.4, "MMBench": 79.2}),
+)
+ZOO: dict[str, ZooEntry] = {entry.name: entry for entry in (*_ENTRIES, *_ELM_ENTRIES, *_JANUS_ENTRIES)}
 
 
 def list_models(pattern: str = "*", *, task: str | None = None) -> list[str]:
     """Names of the published checkpoints that match `pattern` ("llamagen-c2i-*"), sorted as in the table.
 
     Args:
-        task: only those of one task: "class-to-image", "text-to-image" or "tokenizer".
+        task: only those of one task: "class-to-image", "text-to-image", "text-and-image" or "tokenizer".
     """
     tasks = {entry.task for entry in ZOO.values()}
     if task is not None and task not in tasks:

@@ -104,7 +104,9 @@ class UnderstandingPipeline(ARPipeline):
         if temperature > 0:
             raise ValueError("`search` takes the likeliest texts: leave `temperature` at 0.")
         if self.pruning is not None:
-            raise ValueError("`search` does not go with the pruning of image tokens: call `disable_acceleration()` first.")
+            raise ValueError(
+                "`search` does not go with the pruning of image tokens: call `disable_acceleration()` first."
+            )
 
     def groups(self, readings: Sequence[Reading], alone: bool = False) -> list[list[int]]:
         """Which readings go through the model together; `alone`: none."""

@@ -46,7 +46,9 @@ def add(subparsers: argparse._SubParsersAction) -> None:
         sub.add_argument("--batch-size", type=whole(1), default=32, metavar="N", help="pictures at once (default: 32)")
         if task == "text-to-image":
             sub.add_argument("--decoding", metavar="NAME", help="one of the decodings that the folder offers")
-            sub.add_argument("--num-candidates", type=whole(1, 256), metavar="N", help="drawn for each picture that counts")
+            sub.add_argument(
+                "--num-candidates", type=whole(1, 256), metavar="N", help="drawn for each picture that counts"
+            )
         sub.add_argument("--quiet", action="store_true", help="no progress bar")
         if task == "image-to-text":
             add_reading_arguments(sub)
@@ -65,7 +67,9 @@ def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--beams", type=whole(1), metavar="N", help="search with N beams")
     parser.add_argument("--opera", action="store_true", help="search with OPERA's penalty and retrospection")
     parser.add_argument(
-        "--explain", choices=("tam", "arc", "msea", "msea+arc"), help="also measure where explanations point, by this method"
+        "--explain",
+        choices=("tam", "arc", "msea", "msea+arc"),
+        help="also measure where explanations point, by this method",
     )
 
 

@@ -13,7 +13,6 @@ from tqdm.auto import tqdm
 from armm.data.scenes import Scenes, render
 from armm.data.scenes.language import QA, QUESTION_TYPES
 from armm.data.scenes.language import questions as scene_questions
-
 from armm.decoding.beam import BeamSearch
 from armm.pruning import Cost, VisualPruning
 

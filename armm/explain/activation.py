@@ -71,9 +71,7 @@ class ActivationMaps:
             cleaned = (raw - scale * interference).clamp(min=0)
         both = _unit(torch.cat([cleaned, text[:-1]]))
         relative = both[: raw.numel()].view(self.grid), both[raw.numel() :]
-        return Activation(
-            rank_gaussian(relative[0], self.kernel), raw, text, interference, scale, cleaned, relative
-        )
+        return Activation(rank_gaussian(relative[0], self.kernel), raw, text, interference, scale, cleaned, relative)
 
 
 def same_piece_context(pieces: Sequence[object], own: int) -> Tensor:
@@ -118,7 +116,8 @@ def rank_gaussian(scores: Tensor, kernel: int = 3) -> Tensor:
     the window varies (arXiv 2506.23270, section 3.3); windows that are not positive on average become 0."""
     if kernel == 1:
         return scores.double()
-    half, height, width = kernel // 2, *scores.shape
+    half = kernel // 2
+    height, width = scores.shape
     if min(height, width) <= half:
         raise ValueError(f"a window of {kernel} needs a map with sides above {half}, got {height} x {width}")
     padded = F.pad(scores.double()[None, None], (half, half, half, half), mode="reflect")

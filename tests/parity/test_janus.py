@@ -19,7 +19,8 @@ from armm.convert.llamagen import TOKENIZER_RULES
 from armm.decoding.guidance import Guidance
 from armm.decoding.sampling import Sampler
 from pipelines.chat import TEMPLATES, expand_images
-from pipelines.janus import SPECIAL_TOKENS, JanusPipeline
+from pipelines.janus import JanusPipeline
+from pipelines.janus_reading import SPECIAL_TOKENS
 from tokenizers_visual import Codes
 
 CASES = [

@@ -49,7 +49,9 @@ def checks(case: Case, io: dict[str, torch.Tensor]) -> Iterator[Check]:
         if number == 0:
             word = int(logits[prompt[0]].argmax())
         elif number == len(prompt):
-            word = tokens[answer[0] - 1]  # the authors explain the last token of the form in place of the first answer's
+            word = tokens[
+                answer[0] - 1
+            ]  # the authors explain the last token of the form in place of the first answer's
         column = logits[:, word]
         found = maps.explain(column[list(image)], column[places], same_piece_context(pieces, number))
         raw.append(found.raw)
