@@ -27,7 +27,7 @@ from armm.nn.attention import record_attention
 from . import loading
 from .understanding import Reading, UnderstandingPipeline
 
-METHODS = ("tam", "arc", "msea", "msea+arc")
+METHODS = ("tam", "arc", "msea", "msea+arc", "attention")
 FINE = 4  # pixels of a combined map for each token along a side
 
 
@@ -93,6 +93,26 @@ def word_maps(
     return found
 
 
+def attention_maps(
+    pipe: UnderstandingPipeline, reading: Reading, ids: Sequence[int]
+) -> list[tuple[Tensor, list[float]]]:
+    """For each of the answer's tokens, where the position that says it looks: the mean over the heads of the last third of the layers,
+    on the image scaled to a largest value of 1, and on the question."""
+    layers = len(pipe.transformer.trunk.blocks)
+    chosen = range(layers - max(layers // 3, 1), layers)
+    with record_attention(chosen) as record:
+        say(pipe, reading, ids)
+    (first, end), (asked, answered) = reading.images[0], reading.question
+    found = []
+    for number in range(len(ids)):
+        # The first call is the prompt's, whose last row says the first token.
+        row = torch.stack([record[layer][number][0, :, -1].mean(0) for layer in chosen]).mean(0).double().cpu()
+        values = row[first:end]
+        largest = values.max().clamp(min=torch.finfo(torch.float64).tiny)
+        found.append(((values / largest).view(reading.grids[0]), (row[asked:answered] / largest).tolist()))
+    return found
+
+
 def explain(
     pipe: UnderstandingPipeline,
     image: Any,
@@ -109,7 +129,10 @@ def explain(
     if not ids:
         raise ValueError("the model says nothing about this image: there is nothing to explain.")
     seen = pipe.seen(image)
-    own = word_maps(pipe, reading, ids, method, ranking, kernel)
+    if method == "attention":
+        own = attention_maps(pipe, reading, ids)
+    else:
+        own = word_maps(pipe, reading, ids, method, ranking, kernel)
     maps = [values for values, _ in own]
     if "msea" in method:
         maps = _combined(pipe, seen, question, ids, method, scales, ranking, kernel, maps)

@@ -203,6 +203,7 @@ class JanusReading(UnderstandingPipeline):
         """
         sampler = self.check_text_sampling(temperature, top_k, top_p)
         self.check_callback_inputs(callback_on_step_end_tensor_inputs)
+        self.check_search(search, temperature)
         readings = self.readings(image, question, messages=messages, prompt_ids=prompt_ids, system_prompt=system_prompt)
         self.check_generator(generator, len(readings))
 

@@ -246,7 +246,7 @@ class UnderstandingPipeline(ARPipeline):
             question (`str`, *optional*): asked about it.
             method: "tam" (Token Activation Map, arXiv 2506.23270) takes away what the words before a word draw from the image;
                 "arc" lets words stay that would go on alike, "msea" averages over scales of the picture, "msea+arc" does both
-                (after arXiv 2509.22415).
+                (after arXiv 2509.22415); "attention" is where the last third of the layers look.
             scales: of "msea".
             ranking: of "arc", how many next words are compared.
             kernel: side of the window that denoises the maps; 1 turns it off.

@@ -52,7 +52,8 @@ def test_drawing_with_the_cache_equals_teacher_forcing(pipe):
         record_logits=True,
     )  # fmt: skip
     forced = [
-        NextTokenDecoding().image_logits(model, output.ids + low, part, low=low, high=high) for part in (condition, null)
+        NextTokenDecoding().image_logits(model, output.ids + low, part, low=low, high=high)
+        for part in (condition, null)
     ]
     assert torch.allclose(output.logits, forced[1] + 3.0 * (forced[0] - forced[1]), atol=1e-4)
 
@@ -102,7 +103,9 @@ def test_several_images_stand_where_the_conversation_shows_them(pipe, picture):
     assert all(set(reading.ids[a:b]) == {pipe.special_ids["image"]} for a, b in reading.images)
     (turned,) = pipe.readings([other, picture], messages=messages)
     (first, _), (second, end) = reading.images
-    assert torch.allclose(reading.condition.embeds[:, second:end], turned.condition.embeds[:, first : first + 16], atol=1e-5)
+    assert torch.allclose(
+        reading.condition.embeds[:, second:end], turned.condition.embeds[:, first : first + 16], atol=1e-5
+    )
     assert len(pipe.chat([picture, other], "red").texts) == 1
 
 
@@ -171,7 +174,9 @@ def test_requests_that_make_no_sense_are_refused(pipe, picture):
 
 def test_parts_that_do_not_belong_together_are_refused(pipe):
     with pytest.raises(ValueError, match="do not belong together"):
-        armm.JanusPipeline(pipe.tokenizer, language_model(codes=False), pipe.image_encoder, pipe.decoding, pipe.text_tokenizer)
+        armm.JanusPipeline(
+            pipe.tokenizer, language_model(codes=False), pipe.image_encoder, pipe.decoding, pipe.text_tokenizer
+        )
     with pytest.raises(ValueError, match="`special_ids` lacks"):
         armm.JanusPipeline(pipe.tokenizer, pipe.transformer, pipe.image_encoder, pipe.decoding)
     with pytest.raises(ValueError, match="rotary axis"):

@@ -65,7 +65,6 @@ class VisionEncoder(ModelMixin, ConfigMixin):
             global_pool="",
             num_classes=0,
             norm_layer=partial(nn.LayerNorm, eps=norm_eps),
-            weight_init="skip",
         )
 
     @property

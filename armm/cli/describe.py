@@ -27,7 +27,7 @@ def add(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("-q", "--question", action="append", default=[], metavar="Q", help="ask this; may be repeated")
     parser.add_argument("--explain", metavar="FILE", help="write a picture of where each word of the answer comes from")
     parser.add_argument(
-        "--method", default="tam", choices=("tam", "arc", "msea", "msea+arc"), help="of --explain (default: tam)"
+        "--method", default="tam", choices=("tam", "arc", "msea", "msea+arc", "attention"), help="of --explain (default: tam)"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument(

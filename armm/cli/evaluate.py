@@ -68,7 +68,7 @@ def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--opera", action="store_true", help="search with OPERA's penalty and retrospection")
     parser.add_argument(
         "--explain",
-        choices=("tam", "arc", "msea", "msea+arc"),
+        choices=("tam", "arc", "msea", "msea+arc", "attention"),
         help="also measure where explanations point, by this method",
     )
 
