@@ -27,9 +27,12 @@ FAMILY_PIPELINES: dict[str, tuple[str, str]] = {
     "llamagen": ("pipelines.llamagen", "LlamaGenPipeline"),
     "elm": ("pipelines.elm", "ELMPipeline"),
     "janus": ("pipelines.janus", "JanusPipeline"),
+    "mar": ("pipelines.mar", "MARPipeline"),
     "nar": ("pipelines.nar", "NARPipeline"),
     "par": ("pipelines.par", "PARPipeline"),
     "var": ("pipelines.var", "VARPipeline"),
+    "xar": ("pipelines.xar", "XARPipeline"),
+    "flowar": ("pipelines.flowar", "FlowARPipeline"),
 }
 _HUB_OPTIONS = ("revision", "cache_dir", "local_files_only", "force_download", "token")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,13 +14,15 @@ class Condition:
 
     embeds: [B, T, D]. mask: bool [B, T], False where a slot is padding (None: all are real). index: flat position ids
     [B, T] for models with a position layout of their own (None: the first T positions). bidirectional: how many of the
-    first tokens see each other whole instead of causally.
+    first tokens see each other whole instead of causally. vector: [B, D], what modulates the blocks of models that have
+    one; such models may do without tokens, T = 0.
     """
 
     embeds: Tensor
     mask: Tensor | None = None
     index: Tensor | None = None
     bidirectional: int = 0
+    vector: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.embeds.dim() != 3:
@@ -29,6 +31,8 @@ class Condition:
             value = getattr(self, name)
             if value is not None and tuple(value.shape) != tuple(self.embeds.shape[:2]):
                 raise ValueError(f"{name} must be {tuple(self.embeds.shape[:2])}, got {tuple(value.shape)}")
+        if self.vector is not None and (self.vector.dim() != 2 or len(self.vector) != len(self.embeds)):
+            raise ValueError(f"vector must be [{len(self.embeds)}, width], got {tuple(self.vector.shape)}")
         if not 0 <= self.bidirectional <= self.length:
             raise ValueError(f"bidirectional must lie between 0 and {self.length} tokens, got {self.bidirectional}")
 
@@ -47,6 +51,7 @@ class Condition:
             None if self.mask is None else self.mask[rows],
             None if self.index is None else self.index[rows],
             self.bidirectional,
+            None if self.vector is None else self.vector[rows],
         )
 
     def unpadded(self) -> Condition:
@@ -66,6 +71,7 @@ class Condition:
             None if self.mask is None else self.mask.repeat_interleave(times, 0),
             None if self.index is None else self.index.repeat_interleave(times, 0),
             self.bidirectional,
+            None if self.vector is None else self.vector.repeat_interleave(times, 0),
         )
 
     def spread(self, times: int) -> Condition:
@@ -77,6 +83,7 @@ class Condition:
             None if self.mask is None else self.mask.repeat_interleave(times, 1),
             None if self.index is None else self.index.repeat_interleave(times, 1),
             self.bidirectional * times,
+            self.vector,
         )
 
     def extend(self, embeds: Tensor, index: Tensor) -> Condition:
@@ -86,7 +93,7 @@ class Condition:
             mask = torch.cat([mask, mask.new_ones(embeds.shape[:2])], dim=1)
         if own is not None:
             own = torch.cat([own, index.expand(self.batch, -1)], dim=1)
-        return Condition(torch.cat([self.embeds.to(embeds.dtype), embeds], dim=1), mask, own, self.bidirectional)
+        return replace(self, embeds=torch.cat([self.embeds.to(embeds.dtype), embeds], dim=1), mask=mask, index=own)
 
     def pad_left(self, length: int) -> Condition:
         """Masked slots in front, up to `length` tokens."""
@@ -101,7 +108,8 @@ class Condition:
         index = self.index
         if index is not None:
             index = torch.cat([index.new_zeros(self.batch, missing), index], dim=1)
-        return Condition(embeds, mask, index, self.bidirectional + missing if self.bidirectional else 0)
+        whole = self.bidirectional + missing if self.bidirectional else 0
+        return Condition(embeds, mask, index, whole, self.vector)
 
 
 def concatenate(conditions: list[Condition]) -> Condition:
@@ -126,4 +134,8 @@ def concatenate(conditions: list[Condition]) -> Condition:
     bidirectional = {part.bidirectional for part in parts}
     if len(bidirectional) > 1:
         raise ValueError(f"the conditions must agree in how many tokens are bidirectional, got {sorted(bidirectional)}")
-    return Condition(torch.cat([part.embeds for part in parts]), mask, index, bidirectional.pop())
+    vectors = [part.vector for part in parts if part.vector is not None]
+    if vectors and len(vectors) < len(parts):
+        raise ValueError("some of the conditions have a vector and some have none; give one to all or to none")
+    vector = torch.cat(vectors) if vectors else None
+    return Condition(torch.cat([part.embeds for part in parts]), mask, index, bidirectional.pop(), vector)

@@ -16,7 +16,10 @@ __all__ = ["TrunkModel"]
 
 
 class TrunkModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
-    """A model with a `trunk` (`ARTransformer`) and a `head`. Subclasses add what turns a request into embeddings."""
+    """A model with a `trunk` (`ARTransformer`) and a `head`. Subclasses add what turns a request into embeddings.
+
+    Models of several stacks name them in `stacks` instead of having a trunk.
+    """
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ["Block"]
@@ -26,6 +29,11 @@ class TrunkModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
     trunk: ARTransformer
     head: nn.Module
+
+    @property
+    def stacks(self) -> tuple[ARTransformer, ...]:
+        """The transformers of the model."""
+        return (self.trunk,)
 
     def __getattr__(self, name: str):
         # Submodules only: diffusers would also look in the config, where an entry may have a submodule's name.
@@ -38,18 +46,22 @@ class TrunkModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
     def fuse_projections(self) -> None:
         """Prepare for fast inference; see `ARTransformer.fuse_projections`. Parameters keep their names."""
-        self.trunk.fuse_projections()
+        for stack in self.stacks:
+            stack.fuse_projections()
         self.head.fuse()
 
     def unfuse_projections(self) -> None:
-        self.trunk.unfuse_projections()
+        for stack in self.stacks:
+            stack.unfuse_projections()
         self.head.unfuse()
 
     def set_attention_backend(self, backend: str) -> None:
-        self.trunk.set_attention_backend(backend)
+        for stack in self.stacks:
+            stack.set_attention_backend(backend)
 
     def reset_attention_backend(self) -> None:
-        self.trunk.reset_attention_backend()
+        for stack in self.stacks:
+            stack.reset_attention_backend()
 
     def add_adapter(self, *args, **kwargs) -> None:
         self.unfuse_projections()

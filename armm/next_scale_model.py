@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -17,10 +18,81 @@ from armm.nn.masks import block_causal_mask
 from armm.nn.positions import PositionTable
 from armm.transformer import ARTransformer
 
-__all__ = ["ModelMixin", "NextScaleModel"]
+__all__ = ["ModelMixin", "NextScaleModel", "ScalesModel"]
 
 
-class NextScaleModel(TrunkModel):
+class ScalesModel(TrunkModel):
+    """What models of growing token maps share: the scales, a class as the condition, teacher forcing.
+
+    A subclass has `trunk` and `class_embedding`, and says what is fed for the first scale (`start_tokens`) and for later ones
+    (`embed_codes`), and where the tokens are (`positions`).
+    """
+
+    _skip_layerwise_casting_patterns = ["norm", "position", "embedding"]
+
+    class_embedding: LabelEmbedding
+    code_dim: int
+
+    def set_scales(self, scales: Sequence[int]) -> None:
+        """Keeps the sides of the square token maps, coarsest first."""
+        self.scales = tuple(scales)
+        if not self.scales or any(not isinstance(side, int) or side < 1 for side in self.scales):
+            raise ValueError(f"scales must be positive integers, the sides of the token maps, got {list(scales)}")
+        self.sizes = tuple(side * side for side in self.scales)
+        self.num_tokens = sum(self.sizes)
+
+    @property
+    def num_classes(self) -> int:
+        return self.class_embedding.num_classes
+
+    # Inputs.
+
+    @apply_forward_hook
+    def condition(self, labels: Tensor) -> Tensor:
+        """Class `labels` [B] -> what the model is conditioned on, [B, D]; label `num_classes` is no class."""
+        return self.class_embedding(self.class_embedding.checked(labels))[:, 0]
+
+    @apply_forward_hook
+    def null_condition(self, batch: int) -> Tensor:
+        """What stands for "no class" in `batch` rows: [batch, D]."""
+        return self.class_embedding.null(batch)[:, 0]
+
+    @abstractmethod
+    def start_tokens(self, condition: Tensor) -> Tensor:
+        """The tokens fed for the first scale, [B, n_1, D]."""
+
+    @abstractmethod
+    def embed_codes(self, vectors: Tensor) -> Tensor:
+        """What the maps so far say at the size of a scale, [B, n, C] -> [B, n, D]."""
+
+    @abstractmethod
+    def positions(self) -> PositionTable:
+        """The table for all tokens of all scales."""
+
+    def hidden(self, inputs: Tensor, condition: Tensor) -> Tensor:
+        """Teacher forcing without a cache: hidden states [B, n_1 + M, D].
+
+        inputs: [B, M, C], for the tokens of scales 2, 3, ... the accumulated code vectors pooled to that scale
+        (`MultiScaleQuantizer.inputs`); M = 0, or the tokens of any number of whole scales. condition: [B, D].
+        """
+        ends = [sum(self.sizes[: count + 1]) for count in range(len(self.sizes))]
+        allowed = [end - self.sizes[0] for end in ends]
+        if inputs.dim() != 3 or inputs.shape[2] != self.code_dim or inputs.shape[1] not in allowed:
+            raise ValueError(
+                f"inputs must be [batch, tokens, {self.code_dim}] with one of {allowed} tokens (whole scales after the first), "
+                f"got {tuple(inputs.shape)}"
+            )
+        if condition.shape != (inputs.shape[0], self.trunk.dim):
+            raise ValueError(
+                f"condition must be [{inputs.shape[0]}, {self.trunk.dim}] (see `condition`), got {tuple(condition.shape)}"
+            )
+        length = self.sizes[0] + inputs.shape[1]
+        embeds = torch.cat([self.start_tokens(condition), self.embed_codes(inputs)], dim=1)
+        mask = block_causal_mask(self.sizes, inputs.device)[:length, :length]
+        return self.trunk(embeds, positions=self.positions()[:length], mask=mask, modulation=condition)
+
+
+class NextScaleModel(ScalesModel):
     """Class-conditional next-scale prediction: the map of one scale is predicted at once, from the maps before it.
 
     The tokens fed for the first scale are the class embedding plus a learned start. Those of a later scale are the code
@@ -37,8 +109,6 @@ class NextScaleModel(TrunkModel):
         head_norm_eps: of the head's norm.
     """
 
-    _skip_layerwise_casting_patterns = ["norm", "position", "embedding"]
-
     @register_to_config
     def __init__(
         self,
@@ -53,11 +123,7 @@ class NextScaleModel(TrunkModel):
         for name, value in (("vocab_size", vocab_size), ("num_classes", num_classes), ("code_dim", code_dim)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
-        self.scales = tuple(scales)
-        if not self.scales or any(not isinstance(side, int) or side < 1 for side in self.scales):
-            raise ValueError(f"scales must be positive integers, the sides of the token maps, got {list(scales)}")
-        self.sizes = tuple(side * side for side in self.scales)
-        self.num_tokens = sum(self.sizes)
+        self.set_scales(scales)
         self.vocab_size, self.code_dim = vocab_size, code_dim
         options = {"learned_positions": self.num_tokens, "modulation": "block", "final_norm": False}
         self.trunk = ARTransformer.from_dict({**options, **(transformer or {})})
@@ -84,30 +150,6 @@ class NextScaleModel(TrunkModel):
         for bias in (self.code_projection.bias, self.head.projection.bias):
             nn.init.zeros_(bias)
 
-    @property
-    def num_classes(self) -> int:
-        return self.class_embedding.num_classes
-
-    # Inputs.
-
-    @apply_forward_hook
-    def condition(self, labels: Tensor) -> Tensor:
-        """Class `labels` [B] -> what the model is conditioned on, [B, D]; label `num_classes` is no class."""
-        classes = self.num_classes
-        labels = torch.as_tensor(labels, device=self.start_position.device)
-        if labels.dim() != 1 or labels.dtype.is_floating_point or labels.dtype == torch.bool:
-            raise ValueError(f"labels must be a vector of integers, got {labels.dtype} of shape {tuple(labels.shape)}")
-        if labels.numel() and (int(labels.min()) < 0 or int(labels.max()) > classes):
-            raise ValueError(
-                f"labels must lie in 0 .. {classes - 1} ({classes} is the null class), got {labels.tolist()}"
-            )
-        return self.class_embedding(labels.long())[:, 0]
-
-    @apply_forward_hook
-    def null_condition(self, batch: int) -> Tensor:
-        """What stands for "no class" in `batch` rows: [batch, D]."""
-        return self.class_embedding.null(batch)[:, 0]
-
     def start_tokens(self, condition: Tensor) -> Tensor:
         """The tokens fed for the first scale, [B, n_1, D]."""
         return condition[:, None] + self.start_position
@@ -131,28 +173,6 @@ class NextScaleModel(TrunkModel):
     def logits(self, hidden: Tensor, condition: Tensor) -> Tensor:
         """Hidden [B, N, D] and condition [B, D] -> float32 logits [B, N, V]."""
         return self.head(hidden, condition)
-
-    def hidden(self, inputs: Tensor, condition: Tensor) -> Tensor:
-        """Teacher forcing without a cache: hidden states [B, n_1 + M, D].
-
-        inputs: [B, M, C], for the tokens of scales 2, 3, ... the accumulated code vectors pooled to that scale
-        (`MultiScaleQuantizer.inputs`); M = 0, or the tokens of any number of whole scales. condition: [B, D].
-        """
-        ends = [sum(self.sizes[: count + 1]) for count in range(len(self.sizes))]
-        allowed = [end - self.sizes[0] for end in ends]
-        if inputs.dim() != 3 or inputs.shape[2] != self.code_dim or inputs.shape[1] not in allowed:
-            raise ValueError(
-                f"inputs must be [batch, tokens, {self.code_dim}] with one of {allowed} tokens (whole scales after the first), "
-                f"got {tuple(inputs.shape)}"
-            )
-        if condition.shape != (inputs.shape[0], self.trunk.dim):
-            raise ValueError(
-                f"condition must be [{inputs.shape[0]}, {self.trunk.dim}] (see `condition`), got {tuple(condition.shape)}"
-            )
-        length = self.sizes[0] + inputs.shape[1]
-        embeds = torch.cat([self.start_tokens(condition), self.embed_codes(inputs)], dim=1)
-        mask = block_causal_mask(self.sizes, inputs.device)[:length, :length]
-        return self.trunk(embeds, positions=self.positions()[:length], mask=mask, modulation=condition)
 
     def forward(self, inputs: Tensor, condition: Tensor) -> Tensor:
         """Logits [B, n_1 + M, V] of `hidden(...)`: those at a token are for the code at its own place."""

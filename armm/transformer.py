@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from armm.cache import KVCache
 from armm.nn.attention import check_backend, current_backend
 from armm.nn.block import Block, BlockConfig
+from armm.nn.bridge import Bridge
 from armm.nn.hooks import LayerHook
 from armm.nn.masks import additive_mask, merge_causal
 from armm.nn.mlp import GATED, gated_hidden
@@ -36,15 +37,22 @@ class ARTransformer(ModelMixin, ConfigMixin):
             kinds two thirds of that rounded up to a multiple of 256.
         mlp_bias, qkv_bias, out_bias: which linear layers have biases.
         norm: "rms" or "layer", with norm_eps; norm_affine=False has no weights in the blocks (the final norm has).
-        final_norm: normalise the output. Taps have a final norm each as well.
+        final_norm: normalise the output. Taps have a final norm each as well. input_norm: normalise the input, positions
+            included.
         qk_norm: None, "rms" (weights over head_dim) or "l2" (unit vectors and a learned scale a head).
         attention_scale: of the logits, default head_dim ** -0.5 (1 with "l2").
         rotary_axes: how many of the head's dimensions each position axis turns; they add up to head_dim. () = none.
         rotary_theta, rotary_layout: base of the frequencies; "interleaved" or "half_split" pairs.
         learned_positions: rows of a learned position embedding added to the input, 0 = none.
-        modulation: None, "block" (each block projects the condition) or "shared" (one projection, rows added by each
-            block); modulation_dim: width of the condition, default dim; modulation_order: order of the six chunks.
+        modulation: None, "block" (each block projects the condition), "shared" (one projection, rows added by each
+            block), "branches" (two conditions, a projection for each branch of a block) or "tasks" (the condition is the
+            number of one of `modulation_tasks` tasks, each with an embedding that is projected once for all blocks, and with
+            rows in each block that scale and shift it); modulation_dim: width of the condition, default dim;
+            modulation_order: order of the six chunks, or of the four that are left without shifts.
+        context_dim: width of a context that the tokens look at between attention and feed-forward, None = none.
         taps: after these numbers of blocks the hidden state is handed out too.
+        bridges: after these numbers of blocks the hidden state is normalised, projected and gets learned positions of its
+            own, as between an encoder and a decoder that follow each other.
         dropout, token_dropout: training only; on both branches of a block, and on the input.
     """
 
@@ -69,6 +77,7 @@ class ARTransformer(ModelMixin, ConfigMixin):
         norm_affine: bool = True,
         norm_eps: float = 1e-5,
         final_norm: bool = True,
+        input_norm: bool = False,
         qkv_bias: bool = False,
         out_bias: bool = False,
         qk_norm: str | None = None,
@@ -81,7 +90,10 @@ class ARTransformer(ModelMixin, ConfigMixin):
         modulation: str | None = None,
         modulation_dim: int | None = None,
         modulation_order: Sequence[str] = NAMES,
+        modulation_tasks: int = 0,
+        context_dim: int | None = None,
         taps: Sequence[int] = (),
+        bridges: Sequence[int] = (),
         dropout: float = 0.0,
         token_dropout: float = 0.0,
     ) -> None:
@@ -103,15 +115,18 @@ class ARTransformer(ModelMixin, ConfigMixin):
             raise ValueError(f"rotary_layout must be one of {LAYOUTS}, got {rotary_layout!r}")
         if qk_norm not in (None, "rms", "l2"):
             raise ValueError(f"qk_norm must be None, 'rms' or 'l2', got {qk_norm!r}")
-        if any(not 0 < tap < num_layers for tap in taps):
-            raise ValueError(f"taps must lie between 1 and num_layers - 1 = {num_layers - 1}, got {list(taps)}")
+        if (modulation == "tasks") != (modulation_tasks > 0):
+            raise ValueError(f"modulation={modulation!r} and modulation_tasks={modulation_tasks}: tasks need a number, others 0")
+        for name, places in (("taps", taps), ("bridges", bridges)):
+            if any(not 0 < place < num_layers for place in places):
+                raise ValueError(f"{name} must lie between 1 and num_layers - 1 = {num_layers - 1}, got {list(places)}")
 
         self.dim, self.num_layers = dim, num_layers
         self.num_kv_heads, self.head_dim = num_kv_heads, head_dim
         self.rotary_axes, self.rotary_theta = tuple(rotary_axes), float(rotary_theta)
         self.rotary_layout = rotary_layout
         self.taps = frozenset(taps)
-        self.token_dropout = token_dropout
+        self.token_dropout, self.context_dim = token_dropout, context_dim
         config = BlockConfig(
             dim=dim,
             num_heads=num_heads,
@@ -131,11 +146,20 @@ class ARTransformer(ModelMixin, ConfigMixin):
             modulation=modulation,
             modulation_dim=modulation_dim or dim,
             modulation_order=tuple(modulation_order),
+            modulation_tasks=modulation_tasks,
             dropout=dropout,
+            context_dim=context_dim,
         )
         self.position_embedding = nn.Embedding(learned_positions, dim) if learned_positions else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(num_layers))
-        self.shared_modulation = Modulation(modulation_dim or dim, dim) if modulation == "shared" else None
+        self.input_norm = build_norm(norm, dim, norm_eps) if input_norm else None
+        self.bridges = nn.ModuleDict(
+            {str(place): Bridge(norm, dim, norm_eps, learned_positions) for place in sorted(set(bridges))}
+        )
+        self.shared_modulation = (
+            Modulation(modulation_dim or dim, dim, len(modulation_order)) if modulation in ("shared", "tasks") else None
+        )
+        self.task_embedding = nn.Embedding(modulation_tasks, modulation_dim or dim) if modulation_tasks else None
         self.norm = build_norm(norm, dim, norm_eps) if final_norm else None
         self.tap_norms = nn.ModuleDict(
             {str(tap): build_norm(norm, dim, norm_eps) for tap in sorted(self.taps)} if final_norm else {}
@@ -182,6 +206,7 @@ class ARTransformer(ModelMixin, ConfigMixin):
         Compute it once for a generation and slice it.
         """
         rotary = learned = None
+        bridges: tuple[Tensor, ...] = ()
         if self.rotary_axes:
             if coordinates is None:
                 raise ValueError("this transformer has rotary axes: coordinates must be given")
@@ -190,7 +215,8 @@ class ARTransformer(ModelMixin, ConfigMixin):
             if index is None:
                 raise ValueError("this transformer has learned positions: index must be given")
             learned = self.position_embedding(index)
-        return PositionTable(rotary, learned)
+            bridges = tuple(bridge.position_embedding(index) for bridge in self.bridges.values())
+        return PositionTable(rotary, learned, bridges)
 
     def allocate_cache(self, batch: int, length: int) -> KVCache:
         """An empty cache for `batch` rows of up to `length` positions, in the trunk's dtype and on its device."""
@@ -234,7 +260,9 @@ class ARTransformer(ModelMixin, ConfigMixin):
         mask: Tensor | None = None,
         causal: bool = False,
         cache: KVCache | None = None,
-        modulation: Tensor | None = None,
+        modulation: Tensor | tuple[Tensor, Tensor] | None = None,
+        segments: Tensor | None = None,
+        context: Tensor | None = None,
         discard: int = 0,
         hook: LayerHook | None = None,
     ) -> Tensor | tuple[Tensor, dict[int, Tensor]]:
@@ -243,8 +271,10 @@ class ARTransformer(ModelMixin, ConfigMixin):
         positions: of these N tokens. mask: bool (True = may look) or additive, broadcastable to [B, H, N, keys], where
         the keys are everything visible in the cache followed by the N tokens. causal: each token sees itself and what
         came before; combined with `mask` if both are given. cache: appended to. discard: so many of the last tokens
-        are seen by this call but not kept in the cache. modulation: condition [B, C] or [B, N, C]. hook: looks in between the
-        blocks, and may shorten the sequence there.
+        are seen by this call but not kept in the cache. modulation: condition [B, C] or [B, N, C], or [B, S, C] with
+        segments [N], which says for each token the row that it follows; with "branches" a pair of conditions, with "tasks" the
+        task of each row, int64 [B] or [1]. context: [B, N, context_dim], standing at the positions of the tokens. hook: looks in between
+        the blocks, and may shorten the sequence there.
         """
         length = embeds.shape[1]
         x, rotary = embeds, None
@@ -254,6 +284,8 @@ class ARTransformer(ModelMixin, ConfigMixin):
             rotary = positions.rotary
             if positions.learned is not None:
                 x = x + positions.learned
+        if self.input_norm is not None:
+            x = self.input_norm(x)
         if self.training and self.token_dropout:
             x = F.dropout(x, self.token_dropout)
         if causal:
@@ -261,17 +293,26 @@ class ARTransformer(ModelMixin, ConfigMixin):
             mask, causal = merge_causal(mask, length, keys, x.device)
         if mask is not None:
             mask = additive_mask(mask, low_precision_dtype(x))
-        condition = modulation if self.shared_modulation is None else self.shared_modulation(modulation)
+        condition = modulation
+        if self.task_embedding is not None:
+            condition = (self.shared_modulation(self.task_embedding(modulation)), modulation)
+        elif self.shared_modulation is not None:
+            condition = self.shared_modulation(modulation)
         backend = current_backend(self._attention_backend)
         checkpointing = self.gradient_checkpointing and torch.is_grad_enabled() and cache is None
 
+        if (context is None) != (self.context_dim is None):
+            raise ValueError("context and the transformer's context_dim belong together: give both or neither")
+        bridged = dict(zip(self.bridges, positions.bridges, strict=True)) if positions and positions.bridges else {}
         if hook is not None:
             hook.start(length)
         tapped: dict[int, Tensor] = {}
         for layer, block in enumerate(self.blocks):
             if layer in self.taps:
                 tapped[layer] = self._tap(layer, x)
-            arguments = (x, rotary, mask, causal, cache, layer, discard, backend, condition)
+            if str(layer) in self.bridges:
+                x = self.bridges[str(layer)](x, bridged.get(str(layer)))
+            arguments = (x, rotary, mask, causal, cache, layer, discard, backend, condition, segments, context)
             if hook is not None:
                 x = block(*arguments, hook.observer(layer))
                 x, rotary, mask, causal = hook.after(layer, x, rotary, mask, causal)

@@ -220,7 +220,62 @@ _JANUS_ENTRIES = (
     _janus("Janus-Pro-1B", 2090, "2501.17811", {"GenEval": 0.73, "DPG-Bench": 82.63, "POPE": 86.2, "MMBench": 75.5}),
     _janus("Janus-Pro-7B", 7420, "2501.17811", {"GenEval": 0.80, "DPG-Bench": 84.19, "POPE": 87.4, "MMBench": 79.2}),
 )
-ZOO: dict[str, ZooEntry] = {entry.name: entry for entry in (*_ENTRIES, *_ELM_ENTRIES, *_JANUS_ENTRIES)}
+_NO_LICENCE = "none stated: neither code nor weights have a licence file"
+
+
+def _xar(name: str, parameters: float, guidance: float, steps: int, figures: dict[str, float] | None = None) -> ZooEntry:
+    return ZooEntry(
+        f"xar-{name}-256",
+        family="xar",
+        task="class-to-image",
+        repo="OliverRen/xAR",
+        file=f"xAR-{name[0].upper()}.pth",
+        parameters=parameters,
+        licence=_NO_LICENCE,
+        image_size=256,
+        tokenizer="kl16",
+        generation_config={"guidance_scale": guidance, "num_flow_steps": steps},
+        figures=figures or {},
+        paper="2502.20388",
+    )
+
+
+def _flowar(name: str, parameters: float, preset: dict[str, Any], figures: dict[str, float] | None = None) -> ZooEntry:
+    return ZooEntry(
+        f"flowar-{name}-256",
+        family="flowar",
+        task="class-to-image",
+        repo="OliverRen/FlowAR",
+        file=f"FlowAR-{name[0].upper()}.pth",
+        parameters=parameters,
+        licence=_NO_LICENCE,
+        image_size=256,
+        tokenizer="kl16",
+        generation_config=preset,
+        figures=figures or {},
+        paper="2412.15205",
+    )
+
+
+_CONTINUOUS_ENTRIES = (
+    ZooEntry(
+        "kl16",
+        family="kl",
+        task="tokenizer",
+        repo="jadechoghari/mar",
+        file="kl16.ckpt",
+        parameters=66.5,
+        licence="MIT",
+        paper="2406.11838",
+    ),
+    _xar("base", 172.6, 2.7, 40),
+    _xar("large", 608.4, 2.3, 50),
+    _xar("huge", 1186.0, 2.2, 50, {_FID: 1.24}),
+    _flowar("small", 171.7, {"guidance_scale": 4.3, "guidance_high": 0.9, "num_flow_steps": 25}),
+    _flowar("large", 586.9, {"guidance_scale": 2.4, "guidance_high": 0.9, "num_flow_steps": 25}, {_FID: 1.90}),
+    _flowar("huge", 1913.3, {"guidance_scale": 2.4, "guidance_high": 0.7, "num_flow_steps": 50}, {_FID: 1.65}),
+)
+ZOO: dict[str, ZooEntry] = {entry.name: entry for entry in (*_ENTRIES, *_ELM_ENTRIES, *_CONTINUOUS_ENTRIES, *_JANUS_ENTRIES)}
 
 
 def list_models(pattern: str = "*", *, task: str | None = None) -> list[str]:

@@ -18,7 +18,7 @@ from tiny_llamagen import text_encoder
 import armm
 from armm import zoo
 from armm.auto import FAMILY_PIPELINES
-from armm.convert import UnreadableCheckpointError
+from armm.convert import FAMILIES, UnreadableCheckpointError
 from armm.convert.containers import load_state_dict
 from armm.hub import DownloadError, fetch, resolve_file
 
@@ -32,7 +32,7 @@ CONFIG = {"n_head": 4, "block_size": 25}  # what the tiny golden checkpoint's co
 
 
 def test_the_table_holds_every_published_checkpoint():
-    families = ("elm", "llamagen", "par", "var")
+    families = ("elm", "flowar", "llamagen", "par", "var", "xar")
     published = {name: {(e.repo, e.file) for e in zoo.ZOO.values() if e.family == name} for name in families}
     assert published["llamagen"] == {
         *((REPO, f"vq_ds{f}_c2i.pt") for f in (8, 16)),
@@ -49,12 +49,17 @@ def test_the_table_holds_every_published_checkpoint():
     names = [f"{size}-2-{bits}" for size, lengths in sizes.items() for bits in lengths]
     names += [f"{prefix}{size}-1-16" for prefix in ("", "mlm") for size in ("L", "XL", "XXL")]
     coders = {f"bae/bae_{name}/binaryae_ema.th" for name in ("16", "16_deter", "20", "24")}
+    assert published["xar"] == {("OliverRen/xAR", f"xAR-{size}.pth") for size in "BLH"}
+    assert published["flowar"] == {("OliverRen/FlowAR", f"FlowAR-{size}.pth") for size in "SLH"}
     assert published["elm"] == {("xuantonglll/ELM", file) for file in coders | {f"gpt/{name}.pth" for name in names}}
 
 
 def test_entries_are_complete():
     for entry in zoo.ZOO.values():
         assert entry.licence and entry.paper and entry.parameters > 0
+        if entry.family not in FAMILY_PIPELINES:  # a family of tokenizers
+            assert entry.task == "tokenizer" and entry.family in FAMILIES
+            continue
         module, class_name = FAMILY_PIPELINES[entry.family]
         pipeline_class = getattr(importlib.import_module(module), class_name)
         assert set(entry.generation_config) <= set(pipeline_class.generation_settings)

@@ -13,6 +13,7 @@ _PUBLIC = {
     "BinaryQuantizer": "tokenizers_visual.binary_quantizer",
     "BinaryTokenizer": "tokenizers_visual.binary_tokenizer",
     "VectorQuantizer": "tokenizers_visual.quantizers",
+    "KLTokenizer": "tokenizers_visual.kl_tokenizer",
     "ViT": "tokenizers_visual.vit",
     "LARPTokenizer": "tokenizers_visual.larp",
     "VQTokenizer": "tokenizers_visual.vq_tokenizer",

@@ -22,11 +22,16 @@ from .containers import (
 FAMILIES: dict[str, str] = {
     "elm": "armm.convert.elm",
     "janus": "armm.convert.janus",
+    "flowar": "armm.convert.flowar",
+    "himar": "armm.convert.himar",
+    "kl": "armm.convert.kl",
     "larp": "armm.convert.larp",
     "llamagen": "armm.convert.llamagen",
+    "mar": "armm.convert.mar",
     "nar": "armm.convert.nar",
     "par": "armm.convert.par",
     "var": "armm.convert.var",
+    "xar": "armm.convert.xar",
 }
 
 __all__ = [

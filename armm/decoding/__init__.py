@@ -9,10 +9,13 @@ from armm.decoding.base import DecodingOutput, TokenStream
 from armm.decoding.beam import BeamSearch
 from armm.decoding.guidance import Guidance
 from armm.decoding.likelihood import text_log_likelihood
+from armm.decoding.masked import MaskedLatentDecoding
 from armm.decoding.masked_tokens import MaskedTokenDecoding
 from armm.decoding.neighboring import NeighboringDecoding
 from armm.decoding.next_scale import NextScaleDecoding, NextScaleOutput, scale_masks
+from armm.decoding.next_scale_flow import NextScaleFlowDecoding, NextScaleFlowOutput
 from armm.decoding.next_token import NextTokenDecoding
+from armm.decoding.next_x import NextXDecoding, NextXOutput
 from armm.decoding.opera import OPERA
 from armm.decoding.parallel_groups import ParallelGroupsDecoding
 from armm.decoding.sampling import NoiseSource, Sampler, top_k_filter, top_p_filter
@@ -22,11 +25,14 @@ from armm.decoding.token_shuffle import TokenShuffleDecoding
 # name -> strategy class; each is a component that a pipeline saves and swaps like a scheduler
 DECODING_STRATEGIES: dict[str, Any] = {
     "next_token": NextTokenDecoding,
+    "masked_latents": MaskedLatentDecoding,
     "masked_tokens": MaskedTokenDecoding,
     "neighboring": NeighboringDecoding,
     "parallel_groups": ParallelGroupsDecoding,
     "token_shuffle": TokenShuffleDecoding,
     "next_scale": NextScaleDecoding,
+    "next_scale_flow": NextScaleFlowDecoding,
+    "next_x": NextXDecoding,
 }
 
 
@@ -52,11 +58,16 @@ __all__ = [
     "BeamSearch",
     "DecodingOutput",
     "Guidance",
+    "MaskedLatentDecoding",
     "MaskedTokenDecoding",
     "NeighboringDecoding",
     "NextScaleDecoding",
+    "NextScaleFlowDecoding",
+    "NextScaleFlowOutput",
     "NextScaleOutput",
     "NextTokenDecoding",
+    "NextXDecoding",
+    "NextXOutput",
     "NoiseSource",
     "ParallelGroupsDecoding",
     "Sampler",

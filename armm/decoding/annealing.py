@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from armm.decoding.acceleration import Acceleration
 
-__all__ = ["ANNEALING_PRESETS", "ANNEALING_SCHEDULES", "StepAnnealing"]
+__all__ = ["ANNEALING_PRESETS", "ANNEALING_SCHEDULES", "StepAnnealing", "solver_steps"]
 
 
 def _two_stage(step: int, steps: int) -> float:
@@ -106,3 +106,8 @@ class StepAnnealing(Acceleration):
     def table(self, num_calls: int) -> list[int]:
         """`steps` of every call."""
         return [self.steps(step, num_calls) for step in range(num_calls)]
+
+
+def solver_steps(num_calls: int, num_steps: int, annealing: StepAnnealing | None = None) -> list[int]:
+    """Steps of a solver at each of `num_calls` calls: always `num_steps`, or as `annealing` says."""
+    return [num_steps] * num_calls if annealing is None else annealing.table(num_calls)

@@ -49,7 +49,7 @@ class Guidance:
     "linear", "half_linear", "cosine", "sine", "log"), a function of progress ** power. progress: "span" is 0 at the first
     and 1 at the last step, "done" counts the step itself as done, "begun" does not. interval: decode steps 0 .. interval
     are guided, later ones are not (-1 = all are); the first token, which comes from the prefill, is not counted and is
-    always guided. `scale` may be changed between steps.
+    always guided. high: flow times above it are not guided. `scale` may be changed between steps.
     """
 
     scale: float = 1.0
@@ -58,6 +58,7 @@ class Guidance:
     formula: str = "logits"
     progress: str = "span"
     power: float = 1.0
+    high: float = 1.0
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.scale):
@@ -70,6 +71,8 @@ class Guidance:
             raise ValueError(f"progress must be one of {sorted(PROGRESS)}, got {self.progress!r}")
         if not 0 < self.power < math.inf:
             raise ValueError(f"power must be a finite number > 0, got {self.power!r}")
+        if not 0 <= self.high <= 1:
+            raise ValueError(f"high must be a flow time between 0 and 1 (1 = all are guided), got {self.high!r}")
         if not isinstance(self.interval, int) or self.interval < -1:
             raise ValueError(f"interval must be an integer >= -1 (-1 = every step), got {self.interval!r}")
 

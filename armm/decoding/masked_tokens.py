@@ -14,16 +14,11 @@ from torch import Tensor
 from armm.condition import Condition, concatenate
 from armm.decoding.base import DecodingOutput, StepCallback, check_guided, check_known, wake
 from armm.decoding.guidance import Guidance
+from armm.decoding.mask_schedule import MASK_SCHEDULES, check_schedule, check_steps, still_open
 from armm.decoding.sampling import NoiseSource, Sampler
 
 if TYPE_CHECKING:
     from armm.model import AutoregressiveModel
-
-# share of the steps done (0 .. 1) -> share of the positions that are open afterwards
-MASK_SCHEDULES: dict[str, Callable[[float], float]] = {
-    "cos": lambda ratio: math.cos(math.pi / 2 * ratio),
-    "linear": lambda ratio: 1.0 - ratio,
-}
 
 
 class MaskedTokenDecoding(SchedulerMixin, ConfigMixin):
@@ -51,9 +46,8 @@ class MaskedTokenDecoding(SchedulerMixin, ConfigMixin):
         confidence_temperature: float = 1.0,
         remask: bool = False,
     ) -> None:
-        _check_steps(num_inference_steps)
-        if mask_schedule not in MASK_SCHEDULES:
-            raise ValueError(f"mask_schedule must be one of {sorted(MASK_SCHEDULES)}, got {mask_schedule!r}")
+        check_steps(num_inference_steps)
+        check_schedule(mask_schedule)
         _check_temperature(confidence_temperature)
 
     def num_calls(self, grid: Sequence[int], num_inference_steps: int | None = None) -> int:
@@ -97,7 +91,7 @@ class MaskedTokenDecoding(SchedulerMixin, ConfigMixin):
         if model.mask_id is None:
             raise ValueError("masked decoding needs a model with a mask token (mask_token=True); use NextTokenDecoding")
         sampler = sampler or Sampler()
-        steps = _check_steps(self.num_calls((), num_inference_steps))
+        steps = check_steps(self.num_calls((), num_inference_steps))
         heat = self.config.confidence_temperature if confidence_temperature is None else confidence_temperature
         heat = _check_temperature(heat) if sampler.do_sample else 0.0
         guided = check_guided(guidance, condition, null_condition)
@@ -173,16 +167,9 @@ def _logits(model: AutoregressiveModel, rows: Condition, ids: Tensor, guided: bo
 
 def _least_confident(confidence: Tensor, first_open: Tensor, is_open: Tensor, share: float) -> Tensor:
     """Which positions are open next: in each row all that are no more confident than its m-th least confident."""
-    wanted = (first_open.double() * share).floor().long()
-    number = torch.minimum(is_open.sum(1) - 1, wanted).clamp(min=1)
+    number = still_open(first_open, is_open.sum(1), share)
     threshold = confidence.sort(dim=1).values.gather(1, number[:, None] - 1)
     return (confidence <= threshold) & (confidence < float("inf"))
-
-
-def _check_steps(steps: int) -> int:
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"num_inference_steps must be a positive integer, got {steps!r}")
-    return steps
 
 
 def _check_temperature(temperature: float) -> float:

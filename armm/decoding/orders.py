@@ -59,3 +59,57 @@ def windows(grid: Sequence[int], size: int) -> Tensor:
         )
     cells = torch.arange(height * width).view(height // size, size, width // size, size)
     return cells.transpose(1, 2).reshape(-1, size * size)
+
+
+def cells(grid: Sequence[int], size: int) -> list[Tensor]:
+    """Neighbouring tokens together, in squares of `size` x `size` (xAR, arXiv 2502.20388, section 3.1).
+
+    Raises:
+        ValueError: the grid is no multiple of the cell.
+    """
+    height, width = grid
+    if size < 1 or height % size or width % size:
+        raise ValueError(
+            f"a grid of {height}x{width} tokens cannot be cut into cells of {size}x{size}: both sides must be multiples of {size}"
+        )
+    return list(windows(grid, size))
+
+
+def subsamples(grid: Sequence[int], stride: int) -> list[Tensor]:
+    """Distant tokens together: those whose row and column leave the same remainders modulo `stride` (xAR, section 3.1).
+
+    The groups are in raster order of their first token, the tokens of a group in raster order.
+
+    Raises:
+        ValueError: the grid is no multiple of the stride.
+    """
+    height, width = grid
+    if stride < 1 or height % stride or width % stride:
+        raise ValueError(
+            f"a grid of {height}x{width} tokens has no equal subsamples of stride {stride}: both sides must be multiples of "
+            f"{stride}"
+        )
+    grouped = torch.arange(height * width).view(height // stride, stride, width // stride, stride)
+    return list(grouped.permute(1, 3, 0, 2).flatten(2).flatten(0, 1))
+
+
+def whole(grid: Sequence[int]) -> list[Tensor]:
+    """All tokens together."""
+    return [torch.arange(math.prod(grid))]
+
+
+def scale_factors(grid: Sequence[int], ratio: int = 2) -> list[int]:
+    """How many tokens along each side one token of each scale stands for, coarsest first: powers of `ratio` down to 1.
+
+    The coarsest is the largest power that divides every side.
+
+    Raises:
+        ValueError: there would be only one scale.
+    """
+    factors = [1]
+    while ratio > 1 and not any(size % (factors[0] * ratio) for size in grid):
+        factors.insert(0, factors[0] * ratio)
+    if len(factors) == 1:
+        sides = "x".join(map(str, grid))
+        raise ValueError(f"a grid of {sides} tokens has no coarser scale with ratio {ratio}: its sides must be multiples of it")
+    return factors

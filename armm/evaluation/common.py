@@ -12,10 +12,13 @@ from torch import Tensor
 import pipelines
 from armm import weights
 from armm.data.scenes import Scenes, render, sample_scenes
+from pipelines.loading import read_index
 
 from .recogniser import SceneRecogniser
 
 PIPELINES = {"text-to-image": "UnifiedTextToImagePipeline", "image-to-text": "UnifiedImageToTextPipeline"}
+# Other pipelines that do a task with the same call; a folder says whether it holds one of them.
+OTHERS = {"text-to-image": ("NextXTextToImagePipeline",), "image-to-text": ()}
 PIPELINE_WEIGHTS = "scenes"
 RECOGNISER_WEIGHTS = "scenes-recogniser"
 # Added to every seed, so that no evaluation draws the sequence of scenes that a training recipe names by the same number.
@@ -30,8 +33,9 @@ def load_pipeline(task: str, model: Any = None, decoding: str | None = None) -> 
     folder = weights.path(PIPELINE_WEIGHTS) if model is None else Path(model)
     if not folder.is_dir():
         raise FileNotFoundError(f"model: no folder {str(model)!r}; give a folder written by `save_pretrained`.")
+    found = read_index(folder)["_class_name"]
     options = {} if decoding is None else {"decoding": decoding}
-    loaded = getattr(pipelines, PIPELINES[task]).from_pretrained(folder, **options)
+    loaded = getattr(pipelines, found if found in OTHERS[task] else PIPELINES[task]).from_pretrained(folder, **options)
     loaded.set_progress_bar_config(disable=True)
     return loaded
 

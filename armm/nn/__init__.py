@@ -12,7 +12,8 @@ from armm.nn.attention import (
     record_attention,
 )
 from armm.nn.block import Attention, Block, BlockConfig
-from armm.nn.embedders import CaptionEmbedding, LabelEmbedding, Projector
+from armm.nn.bridge import Bridge
+from armm.nn.embedders import CaptionEmbedding, LabelEmbedding, Projector, TimeEmbedding
 from armm.nn.hooks import LayerHook
 from armm.nn.linear import FusedLinear
 from armm.nn.masks import (
@@ -38,6 +39,7 @@ __all__ = [
     "Block",
     "BlockConfig",
     "BlockModulation",
+    "Bridge",
     "CaptionEmbedding",
     "FusedLinear",
     "GatedMLP",
@@ -49,6 +51,7 @@ __all__ = [
     "PositionTable",
     "Projector",
     "RMSNorm",
+    "TimeEmbedding",
     "additive_mask",
     "apply_rotary",
     "apply_rotary_half_split",

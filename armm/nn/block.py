@@ -48,19 +48,25 @@ class BlockConfig:
     modulation: str | None = None
     modulation_dim: int = 0
     modulation_order: tuple[str, ...] = NAMES
+    modulation_tasks: int = 0
     dropout: float = 0.0
+    context_dim: int | None = None
 
 
 class Attention(nn.Module):
-    """Self-attention: separate plain projections, grouped key heads, optional query/key norm, rotary positions."""
+    """Attention: separate plain projections, grouped key heads, optional query/key norm, rotary positions.
 
-    def __init__(self, config: BlockConfig) -> None:
+    key_dim: width of the context that keys and values come from; None attends to the tokens themselves.
+    """
+
+    def __init__(self, config: BlockConfig, key_dim: int | None = None) -> None:
         super().__init__()
         dim, head_dim = config.dim, config.head_dim
+        key_dim = key_dim or dim
         self.heads, self.kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, head_dim
         self.to_q = nn.Linear(dim, self.heads * head_dim, bias=config.qkv_bias)
-        self.to_k = nn.Linear(dim, self.kv_heads * head_dim, bias=config.qkv_bias)
-        self.to_v = nn.Linear(dim, self.kv_heads * head_dim, bias=config.qkv_bias)
+        self.to_k = nn.Linear(key_dim, self.kv_heads * head_dim, bias=config.qkv_bias)
+        self.to_v = nn.Linear(key_dim, self.kv_heads * head_dim, bias=config.qkv_bias)
         self.to_out = nn.Linear(self.heads * head_dim, dim, bias=config.out_bias)
         self.qk_norm = config.qk_norm
         self.scale = config.attention_scale
@@ -81,12 +87,15 @@ class Attention(nn.Module):
             return (F.normalize(query.float(), dim=-1) * scale).to(query.dtype), F.normalize(key, dim=-1)
         return query, key
 
-    def project(self, x: Tensor, rotary: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [B, H, N, d], keys and values [B, Hkv, N, d] of `x` [B, N, D] at their positions."""
+    def project(
+        self, x: Tensor, rotary: Tensor | None, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [B, H, N, d] of `x` [B, N, D], keys and values [B, Hkv, N, d] of it or of a `context`, at their positions."""
         batch, length = x.shape[:2]
+        source = x if context is None else context
         query = self.to_q(x).view(batch, length, self.heads, self.head_dim)
-        key = self.to_k(x).view(batch, length, self.kv_heads, self.head_dim)
-        value = self.to_v(x).view(batch, length, self.kv_heads, self.head_dim)
+        key = self.to_k(source).view(batch, source.shape[1], self.kv_heads, self.head_dim)
+        value = self.to_v(source).view(batch, source.shape[1], self.kv_heads, self.head_dim)
         query, key = self.normalize(query, key)
         if rotary is not None:
             query, key = apply_rotary(query, rotary), apply_rotary(key, rotary)
@@ -102,11 +111,13 @@ class Attention(nn.Module):
         layer: int,
         discard: int,
         backend: str | None,
+        context: Tensor | None = None,
     ) -> Tensor:
-        query, key, value = self.project(x, rotary)
+        query, key, value = self.project(x, rotary, context)
         if cache is not None:
             key, value = cache.append(layer, key, value, discard)
-        out = attention(query, key, value, mask=mask, causal=causal, scale=self.scale, backend=backend, layer=layer)
+        number = layer if context is None else None  # what is recorded is attention of a sequence on itself
+        out = attention(query, key, value, mask=mask, causal=causal, scale=self.scale, backend=backend, layer=number)
         return self.to_out(out.transpose(1, 2).reshape(*x.shape[:2], -1))
 
 
@@ -217,19 +228,28 @@ def _fast_norm(norm: nn.Module) -> Callable[[Tensor], Tensor]:
 
 class Block(nn.Module):
     """x += attention(norm(x)); x += mlp(norm(x)); with modulation, the norms are shifted and scaled, the branches
-    gated.
+    gated. With a context, x += cross_attention(norm(x), norm(context)) between the two, never modulated.
     """
 
     def __init__(self, config: BlockConfig) -> None:
         super().__init__()
         self.attention_norm = build_norm(config.norm, config.dim, config.norm_eps, config.norm_affine)
         self.attention = Attention(config)
+        self.cross_attention = None
+        if config.context_dim is not None:
+            self.cross_norm = build_norm(config.norm, config.dim, config.norm_eps)
+            self.context_norm = build_norm(config.norm, config.context_dim, config.norm_eps)
+            self.cross_attention = Attention(config, config.context_dim)
         self.mlp_norm = build_norm(config.norm, config.dim, config.norm_eps, config.norm_affine)
         self.mlp = build_mlp(config.mlp, config.dim, config.mlp_hidden, config.mlp_bias)
         self.modulation = None
         if config.modulation is not None:
             self.modulation = BlockModulation(
-                config.modulation, config.modulation_dim or config.dim, config.dim, config.modulation_order
+                config.modulation,
+                config.modulation_dim or config.dim,
+                config.dim,
+                config.modulation_order,
+                config.modulation_tasks,
             )
         self.dropout = config.dropout
         self._fused: FusedBlock | None = None
@@ -244,7 +264,9 @@ class Block(nn.Module):
         layer: int = 0,
         discard: int = 0,
         backend: str | None = None,
-        condition: Tensor | None = None,
+        condition: Tensor | tuple[Tensor, Tensor] | None = None,
+        segments: Tensor | None = None,
+        context: Tensor | None = None,
         observe: Observer | None = None,
     ) -> Tensor:
         """`x` [B, N, D] -> [B, N, D]; `condition` feeds the modulation, `observe` is shown what goes into and comes out of both
@@ -255,18 +277,18 @@ class Block(nn.Module):
             return self._fused(x, rotary, mask, causal, cache, layer, discard, backend)
         if self.modulation is None:
             branch = self.attention(self.attention_norm(x), rotary, mask, causal, cache, layer, discard, backend)
-            x = x + F.dropout(branch, self.dropout, self.training)
+            x = self.cross(x + F.dropout(branch, self.dropout, self.training), context, rotary, layer, backend)
             return x + F.dropout(self.mlp(self.mlp_norm(x)), self.dropout, self.training)
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition)
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition, segments)
         h = modulate(self.attention_norm(x), shift1, scale1)
         branch = self.attention(h, rotary, mask, causal, cache, layer, discard, backend)
-        x = x + gate1 * F.dropout(branch, self.dropout, self.training)
+        x = self.cross(x + gate1 * F.dropout(branch, self.dropout, self.training), context, rotary, layer, backend)
         h = modulate(self.mlp_norm(x), shift2, scale2)
         return x + gate2 * F.dropout(self.mlp(h), self.dropout, self.training)
 
     def _observed(self, x: Tensor, *arguments: Any) -> Tensor:
-        if self.modulation is not None:
-            raise ValueError("blocks with modulation cannot be observed")
+        if self.modulation is not None or self.cross_attention is not None:
+            raise ValueError("blocks with modulation or cross-attention cannot be observed")
         *rest, observe = arguments
         h = self.attention_norm(x)
         branch = self.attention(h, *rest)
@@ -276,6 +298,16 @@ class Block(nn.Module):
         branch = self.mlp(h)
         observe("mlp", h, branch)
         return x + branch
+
+    def cross(
+        self, x: Tensor, context: Tensor | None, rotary: Tensor | None, layer: int, backend: str | None
+    ) -> Tensor:
+        """x plus what it sees of the context [B, N, C], whose tokens stand at the positions of those of x."""
+        if self.cross_attention is None:
+            return x
+        h, context = self.cross_norm(x), self.context_norm(context)
+        branch = self.cross_attention(h, rotary, None, False, None, layer, 0, backend, context)
+        return x + F.dropout(branch, self.dropout, self.training)
 
     # Fusing. The merged weights are dropped whenever the parameters may change under them.
 
@@ -289,7 +321,9 @@ class Block(nn.Module):
         if self._fused is not None:
             return True
         groups = self._merged_groups()
-        if self.training or self.modulation is not None or not all(is_plain(m) for group in groups for m in group):
+        if self.modulation is not None or self.cross_attention is not None:
+            return False
+        if self.training or not all(is_plain(m) for group in groups for m in group):
             return False
         self._fused = FusedBlock(self)
         return True

@@ -1,6 +1,8 @@
-"""Embedders of conditions: class labels and captions, each with what stands for "no condition"; projectors of features."""
+"""Embedders of conditions: class labels and captions, each with what stands for "no condition"; of times; projectors of features."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +19,18 @@ class LabelEmbedding(nn.Module):
 
     def forward(self, labels: Tensor) -> Tensor:
         return self.embedding(labels).unsqueeze(1)
+
+    def checked(self, labels: Tensor) -> Tensor:
+        """Labels from outside as int64 [B] on the table's device; a ValueError unless they are classes or the null class."""
+        classes = self.num_classes
+        labels = torch.as_tensor(labels, device=self.embedding.weight.device)
+        if labels.dim() != 1 or labels.dtype.is_floating_point or labels.dtype == torch.bool:
+            raise ValueError(f"labels must be a vector of integers, got {labels.dtype} of shape {tuple(labels.shape)}")
+        if labels.numel() and (int(labels.min()) < 0 or int(labels.max()) > classes):
+            raise ValueError(
+                f"labels must lie in 0 .. {classes - 1} ({classes} is the null class), got {labels.tolist()}"
+            )
+        return labels.long()
 
     def null(self, batch: int) -> Tensor:
         """The null class for `batch` rows: [batch, 1, D]."""
@@ -56,3 +70,20 @@ class Projector(nn.Module):
         for number, layer in enumerate(self.layers):
             features = layer(F.gelu(features) if number else features)
         return features
+
+
+class TimeEmbedding(nn.Module):
+    """Indices of time steps [...] -> [..., D]: a sinusoid of `frequencies` numbers (cosines, then sines), then two layers."""
+
+    def __init__(self, dim: int, frequencies: int = 256, theta: float = 10000.0) -> None:
+        super().__init__()
+        self.frequencies, self.theta = frequencies, theta
+        self.fc1 = nn.Linear(frequencies, dim)
+        self.fc2 = nn.Linear(dim, dim)
+
+    def forward(self, index: Tensor) -> Tensor:
+        half = self.frequencies // 2
+        exponent = torch.arange(half, dtype=torch.float32, device=index.device) / half
+        angles = index[..., None].float() * torch.exp(-math.log(self.theta) * exponent)
+        table = torch.cat([angles.cos(), angles.sin()], dim=-1)
+        return self.fc2(F.silu(self.fc1(table.to(self.fc1.weight.dtype))))

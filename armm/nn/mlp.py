@@ -13,7 +13,7 @@ def gelu_tanh(x: Tensor) -> Tensor:
 
 
 GATED: dict[str, Callable[[Tensor], Tensor]] = {"swiglu": F.silu, "geglu": F.gelu}
-PLAIN: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "gelu_tanh": gelu_tanh}
+PLAIN: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "gelu_tanh": gelu_tanh, "silu": F.silu}
 
 
 class GatedMLP(nn.Module):
@@ -31,7 +31,7 @@ class GatedMLP(nn.Module):
 
 
 class MLP(nn.Module):
-    """fc2(activation(fc1(x))): "gelu" (exact) or "gelu_tanh"."""
+    """fc2(activation(fc1(x))): "gelu" (exact), "gelu_tanh" or "silu"."""
 
     def __init__(self, dim: int, hidden: int, kind: str = "gelu", bias: bool = True) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class MLP(nn.Module):
 
 
 def build_mlp(kind: str, dim: int, hidden: int, bias: bool) -> GatedMLP | MLP:
-    """A feed-forward network by name: "swiglu", "geglu", "gelu" or "gelu_tanh"."""
+    """A feed-forward network by name: "swiglu", "geglu", "gelu", "gelu_tanh" or "silu"."""
     if kind in GATED:
         return GatedMLP(dim, hidden, kind, bias)
     if kind in PLAIN:

@@ -12,11 +12,13 @@ from torch import Tensor
 class PositionTable:
     """What the trunk needs to know about N positions: rotary factors and learned rows, either may be absent.
 
-    `rotary` is what `rotary_table` returns, `learned` is [N, D] or [B, N, D]. Slicing `table[a:b]` slices positions.
+    `rotary` is what `rotary_table` returns, `learned` is [N, D] or [B, N, D], and so are the learned rows of each of the
+    trunk's `bridges`. Slicing `table[a:b]` slices positions.
     """
 
     rotary: Tensor | None = None
     learned: Tensor | None = None
+    bridges: tuple[Tensor, ...] = ()
 
     @property
     def length(self) -> int:
@@ -35,6 +37,7 @@ class PositionTable:
         return PositionTable(
             None if self.rotary is None else self.rotary.narrow(-3, start, size),
             None if self.learned is None else self.learned.narrow(-2, start, size),
+            tuple(rows.narrow(-2, start, size) for rows in self.bridges),
         )
 
     def narrow(self, rows: int) -> PositionTable:

@@ -105,3 +105,32 @@ def first_problem(checks: Iterator[Check]) -> str | None:
 def all_problems(checks: Iterator[Check]) -> list[str]:
     """Everything that differs."""
     return [check.problem for check in checks if check.problem]
+
+
+# ---------------------------------------------------------------------- tensors that cannot matter
+
+GROUPS = 32  # of every group norm of a convolutional coder
+
+
+def hidden_by_group_norm(name: str, state: dict[str, torch.Tensor]) -> str | None:
+    """Why the tensor `name` of a convolutional coder may be scaled unnoticed, or None."""
+    if ".conv1." in name and len(state[name]) == GROUPS:
+        return "its output goes into a group norm with one channel a group, which drops each channel's scale and offset"
+    if name.endswith(".bias") and len(state[name]) == GROUPS and adds_to_last_stage(name, state):
+        return "a constant in each channel of what is only read through group norms with one channel a group"
+    return None
+
+
+def adds_to_last_stage(name: str, state: dict[str, torch.Tensor]) -> bool:
+    """Whether `name` belongs to a layer whose output is added to the residual stream behind a coder's last change of resolution."""
+    coder, _, rest = name.partition(".")
+    levels = {int(key.split(".")[2]) for key in state if key.startswith("encoder.down.")}
+    if not levels or coder not in ("encoder", "decoder"):
+        return False
+    if coder == "encoder":
+        entry, stage = f"down.{max(levels) - 1}.downsample.", (f"down.{max(levels)}.", "mid.")
+    else:
+        entry, stage = "up.1.upsample.", ("up.0.",)
+    return rest.startswith(entry) or (
+        rest.startswith(stage) and rest.split(".")[-2] in ("conv2", "nin_shortcut", "proj_out")
+    )

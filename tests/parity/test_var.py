@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import Case, Check, all_problems, first_problem, parity_root
+from harness import Case, Check, all_problems, first_problem, hidden_by_group_norm, parity_root
 
 from armm.convert import convert
 from armm.convert.containers import load_state_dict
@@ -179,35 +179,13 @@ def test_the_file_alone_says_everything_about_a_transformer(case):
 # ---------------------------------------------------------------------- the cases notice every tensor
 
 
-GROUPS = 32  # of every group norm
-
-
 def cannot_matter(name: str, state: dict[str, torch.Tensor]) -> str | None:
     """Why scaling the tensor `name` changes nothing, or None."""
     if name in ("quantize.ema_vocab_hit_SV", "lvl_1L", "attn_bias_for_masking"):
         return "statistics of training, and buffers that follow from the sizes of the scales"
     if name.endswith("zero_k_bias") and not state[name].any():
         return "zeros, so scaling changes nothing"
-    if ".conv1." in name and len(state[name]) == GROUPS:
-        return "its output goes into a group norm with one channel a group, which drops each channel's scale and offset"
-    if name.endswith(".bias") and len(state[name]) == GROUPS and adds_to_last_stage(name, state):
-        return "a constant in each channel of what is only read through group norms with one channel a group"
-    return None
-
-
-def adds_to_last_stage(name: str, state: dict[str, torch.Tensor]) -> bool:
-    """Whether `name` belongs to a layer whose output is added to the residual stream behind a coder's last change of resolution."""
-    coder, _, rest = name.partition(".")
-    levels = {int(key.split(".")[2]) for key in state if key.startswith("encoder.down.")}
-    if not levels or coder not in ("encoder", "decoder"):
-        return False
-    if coder == "encoder":
-        entry, stage = f"down.{max(levels) - 1}.downsample.", (f"down.{max(levels)}.", "mid.")
-    else:
-        entry, stage = "up.1.upsample.", ("up.0.",)
-    return rest.startswith(entry) or (
-        rest.startswith(stage) and rest.split(".")[-2] in ("conv2", "nin_shortcut", "proj_out")
-    )
+    return hidden_by_group_norm(name, state)
 
 
 @pytest.mark.parametrize("case", [*TOKENIZERS, *TRANSFORMERS])
