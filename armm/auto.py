@@ -25,11 +25,15 @@ TASKS: dict[str, tuple[str, str, str]] = {
 # Family -> (module, pipeline class).
 FAMILY_PIPELINES: dict[str, tuple[str, str]] = {
     "llamagen": ("pipelines.llamagen", "LlamaGenPipeline"),
+    "chameleon": ("pipelines.chameleon", "ChameleonPipeline"),
     "elm": ("pipelines.elm", "ELMPipeline"),
     "janus": ("pipelines.janus", "JanusPipeline"),
+    "himar": ("pipelines.himar", "HiMARPipeline"),
+    "lumina_mgpt": ("pipelines.lumina_mgpt", "LuminaMGPTPipeline"),
     "mar": ("pipelines.mar", "MARPipeline"),
     "nar": ("pipelines.nar", "NARPipeline"),
     "par": ("pipelines.par", "PARPipeline"),
+    "pure": ("pipelines.pure", "PUREPipeline"),
     "var": ("pipelines.var", "VARPipeline"),
     "xar": ("pipelines.xar", "XARPipeline"),
     "flowar": ("pipelines.flowar", "FlowARPipeline"),
@@ -82,19 +86,14 @@ def published_pipeline(name: str, *, config: dict[str, Any] | None = None, **kwa
             + (f", or one of the models that use it: {', '.join(users)}." if users else ".")
         )
     options = {key: kwargs.pop(key) for key in _HUB_OPTIONS if key in kwargs}
-    tokenizer_file: Path | None = None
-    if entry.file:
-        tokenizer_entry = zoo.get(entry.tokenizer or "")
-        file = fetch(entry.repo, entry.file, **options)
-        tokenizer_file = fetch(tokenizer_entry.repo, tokenizer_entry.file, **options)
-        sources = [file, tokenizer_file]
-    else:
-        file = fetch_snapshot(entry.repo, **options)
-        sources = sorted(path for path in file.iterdir() if path.suffix in (".bin", ".safetensors"))
+    file, tokenizer_file = (
+        None if part is None else fetch(part.repo, part.file, **options) if part.file else fetch_snapshot(part.repo, **options)
+        for part in (entry, None if entry.tokenizer is None else zoo.get(entry.tokenizer))  # some files hold their tokenizer
+    )
     module, class_name = FAMILY_PIPELINES[entry.family]
     pipeline_class = getattr(importlib.import_module(module), class_name)
     config = {**entry.config, **(config or {})}
-    folder = converted_folder(entry.name, sources, config)
+    folder = converted_folder(entry.name, [part for part in (file, tokenizer_file) if part is not None], config)
     if not (folder / INDEX_NAME).is_file():
         logger.info("converting %s into %s", entry.file or entry.repo, folder)
         parts = family_module(entry.family).load_single_file(

@@ -28,12 +28,13 @@ __all__ = ["AutoregressiveModel", "Condition", "ModelMixin"]
 class AutoregressiveModel(TrunkModel):
     """Tokens in, logits out.
 
-    Two kinds of sequence:
+    Three kinds of sequence:
     - with a `condition` embedder: T condition tokens, then the image in raster order. Condition positions have zero
       rotary rows. T is 1 for {"type": "class", "num_classes": n}, `num_tokens` for {"type": "caption", "in_dim",
       "num_tokens"}.
     - with `text_slots`/`answer_slots` (text and image ids in one vocabulary): see `unified_layout` for the flat position
       ids: text right-aligned in 0 .. text_slots-1, begin-of-image text_slots, the image's cells, text after the image.
+    - with `max_positions`: text and image ids of one vocabulary in any order, numbered along the sequence (one rotary axis).
 
     Args:
         vocab_size: rows of the token embedding and of the head.
@@ -55,6 +56,7 @@ class AutoregressiveModel(TrunkModel):
             rotary row, as does a condition repeated K times).
         mask_token: the embedding has one more row, `mask_id`, for what is not known yet.
         causal: whether a token sees only what came before it; masked models see everything.
+        max_positions: length of the longest sequence of a model whose ids follow each other in any order, 0 for the others.
     """
 
     @register_to_config
@@ -76,6 +78,7 @@ class AutoregressiveModel(TrunkModel):
         sub_code_layout: str = "stacked",
         mask_token: bool = False,
         causal: bool = True,
+        max_positions: int = 0,
     ) -> None:
         super().__init__()
         if not isinstance(vocab_size, int) or vocab_size < 1:
@@ -84,6 +87,9 @@ class AutoregressiveModel(TrunkModel):
             raise ValueError(
                 "text_slots and answer_slots belong to models without a condition embedder (condition=None)"
             )
+        if max_positions and (condition is not None or text_slots or answer_slots or shuffle is not None):
+            raise ValueError("max_positions is for models without condition, text_slots, answer_slots and shuffle")
+        self.max_positions = max_positions
         self.sub_codes, self.sub_code_layout = sub_codes, sub_code_layout
         self._check_sub_codes(condition, mask_token)
         stacked = sub_codes if sub_code_layout == "stacked" else 1
@@ -181,6 +187,8 @@ class AutoregressiveModel(TrunkModel):
 
     def layout(self, grid: Sequence[int] | None = None) -> PositionLayout:
         """The numbering of all positions for an image of `grid` tokens."""
+        if self.max_positions:
+            return PositionLayout(torch.arange(self.max_positions, dtype=torch.float32, device="cpu")[:, None])
         sizes = self.trunk_grid(grid)
         if self.is_unified:
             height, width = sizes

@@ -37,9 +37,11 @@ class ARTransformer(ModelMixin, ConfigMixin):
             kinds two thirds of that rounded up to a multiple of 256.
         mlp_bias, qkv_bias, out_bias: which linear layers have biases.
         norm: "rms" or "layer", with norm_eps; norm_affine=False has no weights in the blocks (the final norm has).
+        norm_placement: "input" of the two branches of a block, or their "output" before it is added (Swin v2, arXiv 2111.09883).
         final_norm: normalise the output. Taps have a final norm each as well. input_norm: normalise the input, positions
             included.
-        qk_norm: None, "rms" (weights over head_dim) or "l2" (unit vectors and a learned scale a head).
+        qk_norm: None, "rms" (weights over head_dim), "head_layer" (layer norm over head_dim, weights and biases for each
+            head) or "l2" (unit vectors and a learned scale a head).
         attention_scale: of the logits, default head_dim ** -0.5 (1 with "l2").
         rotary_axes: how many of the head's dimensions each position axis turns; they add up to head_dim. () = none.
         rotary_theta, rotary_layout: base of the frequencies; "interleaved" or "half_split" pairs.
@@ -76,6 +78,7 @@ class ARTransformer(ModelMixin, ConfigMixin):
         norm: str = "rms",
         norm_affine: bool = True,
         norm_eps: float = 1e-5,
+        norm_placement: str = "input",
         final_norm: bool = True,
         input_norm: bool = False,
         qkv_bias: bool = False,
@@ -113,10 +116,12 @@ class ARTransformer(ModelMixin, ConfigMixin):
             raise ValueError(f"rotary_axes must be even numbers, got {list(rotary_axes)}")
         if rotary_layout not in LAYOUTS:
             raise ValueError(f"rotary_layout must be one of {LAYOUTS}, got {rotary_layout!r}")
-        if qk_norm not in (None, "rms", "l2"):
-            raise ValueError(f"qk_norm must be None, 'rms' or 'l2', got {qk_norm!r}")
+        if qk_norm not in (None, "rms", "head_layer", "l2"):
+            raise ValueError(f"qk_norm must be None, 'rms', 'head_layer' or 'l2', got {qk_norm!r}")
         if (modulation == "tasks") != (modulation_tasks > 0):
-            raise ValueError(f"modulation={modulation!r} and modulation_tasks={modulation_tasks}: tasks need a number, others 0")
+            raise ValueError(
+                f"modulation={modulation!r} and modulation_tasks={modulation_tasks}: tasks need a number, others 0"
+            )
         for name, places in (("taps", taps), ("bridges", bridges)):
             if any(not 0 < place < num_layers for place in places):
                 raise ValueError(f"{name} must lie between 1 and num_layers - 1 = {num_layers - 1}, got {list(places)}")
@@ -138,6 +143,7 @@ class ARTransformer(ModelMixin, ConfigMixin):
             norm=norm,
             norm_affine=norm_affine,
             norm_eps=norm_eps,
+            norm_placement=norm_placement,
             qkv_bias=qkv_bias,
             out_bias=out_bias,
             qk_norm=qk_norm,

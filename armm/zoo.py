@@ -15,9 +15,9 @@ class ZooEntry:
     Args:
         name: how `armm.pipeline` and `armm zoo` call it.
         family: the converter that reads its files.
-        task: "class-to-image", "text-to-image", "text-and-image" (draws and reads) or "tokenizer".
+        task: "class-to-image", "text-to-image", "text-and-image" (draws, reads and converses), "restoration" or "tokenizer".
         repo: hub repository of `file`.
-        file: the authors' own file; empty where the whole repository is read.
+        file: the authors' own file; empty where the whole repository is the checkpoint.
         parameters: of the model in `file`, in millions.
         licence: as the authors state it.
         image_size: side of the images in pixels; 0 for tokenizers, which take any size.
@@ -45,7 +45,11 @@ class ZooEntry:
     paper: str = ""
 
 
-_LLAMAGEN: dict[str, Any] = {"family": "llamagen", "licence": "MIT (code); no separate weight licence stated", "paper": "2406.06525"}
+_LLAMAGEN: dict[str, Any] = {
+    "family": "llamagen",
+    "licence": "MIT (code); no separate weight licence stated",
+    "paper": "2406.06525",
+}
 _C2I_REPO, _T2I_REPO = "FoundationVision/LlamaGen", "peizesun/llamagen_t2i"
 
 
@@ -84,7 +88,11 @@ def _t2i(stage: int, size: int) -> ZooEntry:
     )
 
 
-_VAR: dict[str, Any] = {"family": "var", "licence": "MIT (code); no separate weight licence stated", "paper": "2404.02905"}
+_VAR: dict[str, Any] = {
+    "family": "var",
+    "licence": "MIT (code); no separate weight licence stated",
+    "paper": "2404.02905",
+}
 _VAR_REPO = "FoundationVision/var"
 
 
@@ -157,7 +165,13 @@ _ELM: dict[str, Any] = {
 
 
 def _bae(name: str) -> ZooEntry:
-    return ZooEntry(f"elm-bae-{name}", task="tokenizer", file=f"bae/bae_{name.replace('-', '_')}/binaryae_ema.th", parameters=65.5, **_ELM)
+    return ZooEntry(
+        f"elm-bae-{name}",
+        task="tokenizer",
+        file=f"bae/bae_{name.replace('-', '_')}/binaryae_ema.th",
+        parameters=65.5,
+        **_ELM,
+    )
 
 
 def _elm(name: str, parameters: float, figures: dict[str, float] | None = None, **preset: Any) -> ZooEntry:
@@ -257,17 +271,61 @@ def _flowar(name: str, parameters: float, preset: dict[str, Any], figures: dict[
     )
 
 
+_MAR_REPO = "jadechoghari/mar"  # the copy that the authors link to
+
+
+def _mar(name: str, parameters: float, guidance: float, figures: dict[str, float]) -> ZooEntry:
+    settings = {"guidance_schedule": "linear", "temperature": 1.0, "num_inference_steps": 256, "head_steps": 100}
+    return ZooEntry(
+        f"mar-{name}-256",
+        family="mar",
+        task="class-to-image",
+        repo=_MAR_REPO,
+        file=f"mar-{name}.safetensors",
+        parameters=parameters,
+        licence="MIT",
+        image_size=256,
+        tokenizer="kl16",
+        generation_config={"guidance_scale": guidance, **settings},
+        figures=figures,
+        paper="2406.11838",
+    )
+
+
+def _himar(name: str, parameters: float, scales: tuple[float, float], steps: int, figures: dict[str, float]) -> ZooEntry:
+    return ZooEntry(
+        f"himar-{name}-256",
+        family="himar",
+        task="class-to-image",
+        repo="HiDream-ai/Hi-MAR",
+        file=f"Hi-MAR-{name[0].upper()}/checkpoint-last.pth",
+        parameters=parameters,
+        licence="none stated in the code's repository; see the hub card",
+        image_size=256,
+        tokenizer="kl16",
+        generation_config={"guidance_scale": scales[0], "pivot_guidance_scale": scales[1], "num_inference_steps": steps},
+        figures=figures,
+        paper="2505.20288",
+    )
+
+
 _CONTINUOUS_ENTRIES = (
     ZooEntry(
         "kl16",
         family="kl",
         task="tokenizer",
-        repo="jadechoghari/mar",
-        file="kl16.ckpt",
+        repo=_MAR_REPO,
+        file="kl16.safetensors",
         parameters=66.5,
         licence="MIT",
         paper="2406.11838",
     ),
+    _mar("base", 207.9, 2.9, {_FID: 2.31, _UNGUIDED: 3.48}),
+    _mar("large", 478.3, 3.0, {_FID: 1.78, _UNGUIDED: 2.60}),
+    _mar("huge", 942.4, 3.2, {_FID: 1.55, _UNGUIDED: 2.35}),
+    _himar("base", 244.5, (2.5, 2.7), 4, {_FID: 1.93}),
+    _himar("large", 529.2, (3.5, 3.5), 4, {_FID: 1.66}),
+    _himar("huge", 1090.6, (3.2, 5.5), 12, {_FID: 1.52}),
     _xar("base", 172.6, 2.7, 40),
     _xar("large", 608.4, 2.3, 50),
     _xar("huge", 1186.0, 2.2, 50, {_FID: 1.24}),
@@ -275,14 +333,90 @@ _CONTINUOUS_ENTRIES = (
     _flowar("large", 586.9, {"guidance_scale": 2.4, "guidance_high": 0.9, "num_flow_steps": 25}, {_FID: 1.90}),
     _flowar("huge", 1913.3, {"guidance_scale": 2.4, "guidance_high": 0.7, "num_flow_steps": 50}, {_FID: 1.65}),
 )
-ZOO: dict[str, ZooEntry] = {entry.name: entry for entry in (*_ENTRIES, *_ELM_ENTRIES, *_CONTINUOUS_ENTRIES, *_JANUS_ENTRIES)}
+
+_CHAMELEON: dict[str, Any] = {
+    "task": "text-and-image",
+    "licence": "Chameleon Research License (non-commercial research)",
+    "tokenizer": "chameleon-vqgan",
+    "file": "",
+}
+_SIZES_7B, _SIZES_34B = 7013.0, 34293.0
+
+
+def _lumina(size: str, pixels: int, parameters: float, **preset: Any) -> ZooEntry:
+    return ZooEntry(
+        f"lumina-mgpt-{size.lower()}",
+        family="lumina_mgpt",
+        repo=f"Alpha-VLLM/Lumina-mGPT-{size}",
+        parameters=parameters,
+        image_size=pixels,
+        generation_config={
+            "guidance_scale": 4.0, "temperature": 1.0, "text_top_k": 10, "image_top_k": 2000, "image_size": pixels, **preset
+        },
+        paper="2408.02657",
+        **_CHAMELEON,
+    )  # fmt: skip
+
+
+def _chameleon(name: str, repo: str, parameters: float, paper: str) -> ZooEntry:
+    # Meta's options.
+    preset = {"guidance_scale": 3.0, "image_guidance_scale": 1.2, "temperature": 0.7, "image_temperature": 0.7}
+    preset |= {"text_top_p": 0.9, "image_top_p": 0.9, "repetition_penalty": 1.2}
+    return ZooEntry(
+        name,
+        family="chameleon",
+        repo=repo,
+        parameters=parameters,
+        image_size=512,
+        generation_config=preset,
+        paper=paper,
+        **_CHAMELEON,
+    )
+
+
+_CHAMELEON_ENTRIES = (
+    # Meta's tokenizer; its repository is gated, like Meta's own.
+    ZooEntry(
+        "chameleon-vqgan",
+        family="chameleon",
+        task="tokenizer",
+        repo="Alpha-VLLM/Chameleon_7B_mGPT",
+        file="original_tokenizers/vqgan.ckpt",
+        parameters=72,
+        licence="Chameleon Research License (non-commercial research)",
+        paper="2405.09818",
+    ),
+    # These were tuned not to draw: they read only. Anole draws.
+    _chameleon("chameleon-7b", "facebook/chameleon-7b", _SIZES_7B, "2405.09818"),
+    _chameleon("chameleon-30b", "facebook/chameleon-30b", _SIZES_34B, "2405.09818"),
+    _chameleon("anole-7b", "leloy/Anole-7b-v0.1-hf", _SIZES_7B, "2407.06135"),
+    _lumina("7B-512", 512, _SIZES_7B),
+    _lumina("7B-768", 768, _SIZES_7B),
+    _lumina("7B-768-Omni", 768, _SIZES_7B, guidance_scale=1.0, image_top_k=200),
+    _lumina("7B-1024", 1024, _SIZES_7B),
+    _lumina("34B-512", 512, _SIZES_34B),
+    ZooEntry(
+        "pure",
+        family="pure",
+        task="restoration",
+        repo="nonwhy/PURE",
+        file="",
+        parameters=_SIZES_7B + 67,
+        licence="MIT (code); the weights come from Chameleon: Chameleon Research License (non-commercial research)",
+        image_size=512,
+        tokenizer="llamagen-vq-ds8-c2i",
+        generation_config={"guidance_scale": 0.8, "temperature": 0.9, "text_top_k": 1},
+        paper="2503.11073",
+    ),
+)
+ZOO: dict[str, ZooEntry] = {entry.name: entry for entry in (*_ENTRIES, *_ELM_ENTRIES, *_CONTINUOUS_ENTRIES, *_CHAMELEON_ENTRIES, *_JANUS_ENTRIES)}
 
 
 def list_models(pattern: str = "*", *, task: str | None = None) -> list[str]:
     """Names of the published checkpoints that match `pattern` ("llamagen-c2i-*"), sorted as in the table.
 
     Args:
-        task: only those of one task: "class-to-image", "text-to-image", "text-and-image" or "tokenizer".
+        task: only those of one task, such as "class-to-image"; see `ZooEntry`.
     """
     tasks = {entry.task for entry in ZOO.values()}
     if task is not None and task not in tasks:

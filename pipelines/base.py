@@ -23,7 +23,7 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.video_processor import VideoProcessor
 
 from armm.decoding.acceleration import Acceleration
-from armm.decoding.guidance import Guidance
+from armm.decoding.guidance import ContextGuidance, Guidance
 from armm.hub import fetch_snapshot
 from tokenizers_visual.codes import Codes
 
@@ -277,7 +277,11 @@ class ARPipeline(DiffusionPipeline):
         return replaced or {}
 
     def after_step(
-        self, bar: Any, guidance: Guidance, callback: Callable[..., dict[str, Any]] | None, names: Sequence[str]
+        self,
+        bar: Any,
+        guidance: Guidance | ContextGuidance,
+        callback: Callable[..., dict[str, Any]] | None,
+        names: Sequence[str],
     ) -> Callable[[int, torch.Tensor], torch.Tensor | None]:
         """What a decoding strategy calls after each step with the ids so far: moves the bar on, calls the user's callback, takes
         over a guidance scale that it set, and hands back the ids that it replaced."""

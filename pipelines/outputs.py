@@ -42,6 +42,40 @@ class ARVideoOutput(BaseOutput):
 
 
 @dataclass
+class ARInterleavedOutput(BaseOutput):
+    """Generated answers of text and images.
+
+    Args:
+        contents: for each answer, its texts (`str`) and images (PIL) in order.
+    """
+
+    contents: list[list[str | PIL.Image.Image]]
+
+    @property
+    def texts(self) -> list[str]:
+        """The texts of each answer in one piece."""
+        return ["".join(part for part in parts if isinstance(part, str)) for parts in self.contents]
+
+    @property
+    def images(self) -> list[list[PIL.Image.Image]]:
+        """The images of each answer."""
+        return [[part for part in parts if not isinstance(part, str)] for parts in self.contents]
+
+
+@dataclass
+class ARRestorationOutput(BaseOutput):
+    """Restored images with what the model said of each.
+
+    Args:
+        images: as in `ARPipelineOutput`.
+        texts: the degradation that was perceived and a description, one text for each image.
+    """
+
+    images: list[PIL.Image.Image] | np.ndarray | torch.Tensor
+    texts: list[str]
+
+
+@dataclass
 class ARTextOutput(BaseOutput):
     """Generated texts, one for each request.
 

@@ -30,9 +30,10 @@ class VQTokenizer(VisualTokenizer):
         z_channels: width between the coders and the 1x1 convolutions around the quantizer.
         codebook_size, codebook_dim, l2_normalize: see `VectorQuantizer`.
         patch_size: side of the pixel blocks folded into channels at both ends.
-        encoder_attention, decoder_attention: attention after each block of the lowest resolution.
+        encoder_attention, decoder_attention: attention after each block of the lowest resolution, or a flag for each level.
         mid_attention: attention between the middle blocks.
         norm_groups: groups of every group norm; must divide all widths.
+        with_decoder: False has no decoder: images can be read, not drawn.
     """
 
     _supports_gradient_checkpointing = False
@@ -54,10 +55,11 @@ class VQTokenizer(VisualTokenizer):
         codebook_dim: int = 8,
         l2_normalize: bool = True,
         patch_size: int = 1,
-        encoder_attention: bool = True,
-        decoder_attention: bool = True,
+        encoder_attention: bool | Sequence[bool] = True,
+        decoder_attention: bool | Sequence[bool] = True,
         mid_attention: bool = True,
         norm_groups: int = 32,
+        with_decoder: bool = True,
     ) -> None:
         super().__init__()
         if len(encoder_multipliers) != len(decoder_multipliers):
@@ -82,15 +84,17 @@ class VQTokenizer(VisualTokenizer):
             use_attention=encoder_attention,
             **shared,
         )
-        self.decoder = ConvDecoder(
-            in_channels,
-            base_channels,
-            decoder_multipliers,
-            decoder_res_blocks,
-            z_channels,
-            use_attention=decoder_attention,
-            **shared,
-        )
+        self.decoder = None
+        if with_decoder:
+            self.decoder = ConvDecoder(
+                in_channels,
+                base_channels,
+                decoder_multipliers,
+                decoder_res_blocks,
+                z_channels,
+                use_attention=decoder_attention,
+                **shared,
+            )
         self.quantizer = VectorQuantizer(codebook_size, codebook_dim, l2_normalize)
         self.quant_conv = nn.Conv2d(z_channels, codebook_dim, 1)
         self.post_quant_conv = nn.Conv2d(codebook_dim, z_channels, 1)
@@ -135,6 +139,11 @@ class VQTokenizer(VisualTokenizer):
         """Pixels of code vectors `[B, N, codebook_dim]` laid out on `grid`."""
         if grid is None or grid[0] != 1:
             raise ValueError(f"`grid` must be (1, h, w) to decode an image, got {grid}.")
+        if self.decoder is None:
+            raise ValueError(
+                "this tokenizer has no decoder: its checkpoint was published for reading images only; load one that has, such "
+                "as Meta's vqgan.ckpt for Chameleon."
+            )
         features = vectors.to(self.post_quant_conv.weight.dtype).transpose(1, 2).unflatten(2, grid[1:])
         return self.decoder(self.post_quant_conv(features))
 

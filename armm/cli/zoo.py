@@ -36,6 +36,8 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps([dataclasses.asdict(entry) for entry in entries], indent=2))
         return 0
-    rows = [(e.name, e.task, f"{e.parameters:g}M", e.image_size or "any", f"{e.repo}/{e.file}".rstrip("/")) for e in entries]
+    rows = [
+        (e.name, e.task, f"{e.parameters:g}M", e.image_size or "any", f"{e.repo}/{e.file}".rstrip("/")) for e in entries
+    ]
     print(table(("name", "task", "size", "pixels", "published file"), rows))
     return 0

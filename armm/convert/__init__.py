@@ -20,6 +20,7 @@ from .containers import (
 
 # Family -> the module with its `convert` and `load_single_file`.
 FAMILIES: dict[str, str] = {
+    "chameleon": "armm.convert.chameleon",
     "elm": "armm.convert.elm",
     "janus": "armm.convert.janus",
     "flowar": "armm.convert.flowar",
@@ -27,9 +28,11 @@ FAMILIES: dict[str, str] = {
     "kl": "armm.convert.kl",
     "larp": "armm.convert.larp",
     "llamagen": "armm.convert.llamagen",
+    "lumina_mgpt": "armm.convert.lumina_mgpt",
     "mar": "armm.convert.mar",
     "nar": "armm.convert.nar",
     "par": "armm.convert.par",
+    "pure": "armm.convert.pure",
     "var": "armm.convert.var",
     "xar": "armm.convert.xar",
 }

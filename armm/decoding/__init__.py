@@ -7,7 +7,8 @@ from typing import Any
 
 from armm.decoding.base import DecodingOutput, TokenStream
 from armm.decoding.beam import BeamSearch
-from armm.decoding.guidance import Guidance
+from armm.decoding.guidance import ContextGuidance, Guidance
+from armm.decoding.interleaved import InterleavedDecoding, SequenceOutput
 from armm.decoding.likelihood import text_log_likelihood
 from armm.decoding.masked import MaskedLatentDecoding
 from armm.decoding.masked_tokens import MaskedTokenDecoding
@@ -18,16 +19,20 @@ from armm.decoding.next_token import NextTokenDecoding
 from armm.decoding.next_x import NextXDecoding, NextXOutput
 from armm.decoding.opera import OPERA
 from armm.decoding.parallel_groups import ParallelGroupsDecoding
+from armm.decoding.pivots import PivotLatentDecoding
 from armm.decoding.sampling import NoiseSource, Sampler, top_k_filter, top_p_filter
 from armm.decoding.text import TextOutput, decode_text, stream_text
 from armm.decoding.token_shuffle import TokenShuffleDecoding
+from armm.decoding.vocabulary import Grammar, ImageBlock
 
 # name -> strategy class; each is a component that a pipeline saves and swaps like a scheduler
 DECODING_STRATEGIES: dict[str, Any] = {
     "next_token": NextTokenDecoding,
+    "interleaved": InterleavedDecoding,
     "masked_latents": MaskedLatentDecoding,
     "masked_tokens": MaskedTokenDecoding,
     "neighboring": NeighboringDecoding,
+    "pivot_latents": PivotLatentDecoding,
     "parallel_groups": ParallelGroupsDecoding,
     "token_shuffle": TokenShuffleDecoding,
     "next_scale": NextScaleDecoding,
@@ -56,8 +61,12 @@ __all__ = [
     "DECODING_STRATEGIES",
     "OPERA",
     "BeamSearch",
+    "ContextGuidance",
     "DecodingOutput",
+    "Grammar",
     "Guidance",
+    "ImageBlock",
+    "InterleavedDecoding",
     "MaskedLatentDecoding",
     "MaskedTokenDecoding",
     "NeighboringDecoding",
@@ -70,7 +79,9 @@ __all__ = [
     "NextXOutput",
     "NoiseSource",
     "ParallelGroupsDecoding",
+    "PivotLatentDecoding",
     "Sampler",
+    "SequenceOutput",
     "TextOutput",
     "TokenShuffleDecoding",
     "TokenStream",

@@ -42,6 +42,49 @@ FORMULAS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
 
 
 @dataclass
+class ContextGuidance:
+    """Guidance of the images in sequences of text and images by rows that see less of what came before.
+
+    null: what the row without condition sees: "image", the open image alone (numbered from 0 at its begin; Lumina-mGPT, arXiv
+    2408.02657), or "start_image", the sequence's first token and the open image (Chameleon, arXiv 2405.09818). The result is null +
+    scale * (full - null). image_scale: with it there is a third row, "images", that sees all images and no text, and the result
+    is null + image_scale * (images - null) + scale * (full - images). Scales of 1 switch guidance off; `scale` may be changed
+    between steps, and may lie below 1.
+    """
+
+    scale: float = 1.0
+    image_scale: float | None = None
+    null: str = "image"
+
+    def __post_init__(self) -> None:
+        for name in ("scale", "image_scale"):
+            value = getattr(self, name)
+            if value is not None and not math.isfinite(value):
+                raise ValueError(f"{name} must be a finite number, got {value!r}")
+        if self.null not in ("image", "start_image"):
+            raise ValueError(f"null must be 'image' or 'start_image', got {self.null!r}")
+
+    @property
+    def active(self) -> bool:
+        return self.scale != 1.0 or self.image_scale not in (None, 1.0)
+
+    @property
+    def views(self) -> tuple[str, ...]:
+        """What the rows besides the full one see, in their order."""
+        if not self.active:
+            return ()
+        return (self.null,) if self.image_scale is None else ("images", self.null)
+
+    def combine(self, logits: Tensor) -> Tensor:
+        """Logits [R * B, ...] of the rows [full; *views] -> [B, ...]."""
+        rows = logits.chunk(2 if self.image_scale is None else 3)
+        full, null = rows[0], rows[-1]
+        if self.image_scale is None:
+            return full if self.scale == 1.0 else _combine_logits(full, null, self.scale)
+        return _combine_logits(rows[1], null, self.image_scale) + self.scale * (full - rows[1])
+
+
+@dataclass
 class Guidance:
     """null + (conditional - null) * scale over the rows [conditional; null].
 

@@ -37,12 +37,54 @@ def top_p_filter(logits: Tensor, p: float, from_tail: bool = False) -> Tensor:
     return logits.masked_fill(torch.zeros_like(drop).scatter(-1, order, drop), float("-inf"))
 
 
+def entropy(logits: Tensor) -> Tensor:
+    """Entropy in nats of the distributions that `logits` [..., V] stand for: -sum p log(p + 1e-10)."""
+    probabilities = logits.softmax(dim=-1)
+    return -(probabilities * (probabilities + 1e-10).log()).sum(dim=-1)
+
+
+def entropy_top_k(value: Tensor, fewest: int = 1, most: int = 2000) -> Tensor:
+    """How many candidates an entropy in nats calls for: few where the model is sure (PURE, arXiv 2503.11073).
+
+    round(fewest + (most - fewest) / (1 + exp(5 - e))), e = the entropy within 0 .. 10; int64, halves go to even numbers.
+    """
+    share = 1.0 / (1.0 + torch.exp(5.0 - value.double().clamp(0.0, 10.0)))
+    return (fewest + (most - fewest) * share).round().clamp(fewest, most).long()
+
+
+def entropy_top_k_filter(logits: Tensor, fewest: int = 1, most: int = 2000, shared: bool = False) -> Tensor:
+    """Top-k with the k that `entropy_top_k` gives each row of `logits` [..., V] (ties at the k-th value stay).
+
+    shared: one k for all rows of a window [..., L, V], from the mean of their entropies.
+    """
+    value = entropy(logits)
+    if shared:
+        value = value.mean(dim=-1, keepdim=True).expand(value.shape)
+    k = entropy_top_k(value, fewest, most).clamp(max=logits.shape[-1])
+    largest = torch.topk(logits, min(most, logits.shape[-1]), dim=-1).values
+    return logits.masked_fill(logits < largest.gather(-1, k.unsqueeze(-1) - 1), float("-inf"))
+
+
+def repetition_filter(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Logits [B, V] of ids flagged in `seen` [B, V] divided by the penalty where positive, else multiplied (arXiv 1909.05858)."""
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def inverse_cdf(probabilities: Tensor, uniform: Tensor) -> Tensor:
+    """The first id at which the cumulative sum of `probabilities` [..., V] exceeds `uniform` [..., 1] of their total, in float64."""
+    total = probabilities.double().cumsum(dim=-1)
+    reached = total <= uniform.to(device=total.device, dtype=total.dtype) * total[..., -1:]
+    return reached.sum(dim=-1).clamp(max=probabilities.shape[-1] - 1)
+
+
 @dataclass
 class Sampler:
-    """Draws ids from logits: / max(temperature, 1e-5), top-k, top-p, softmax, argmax(p / noise).
+    """Draws ids from logits: repetition penalty, entropy top-k, / max(temperature, 1e-5), top-k, top-p, softmax, draw.
 
-    With `noise` from Exp(1) that is an exact draw from the filtered distribution. top_k=0 and top_p=1 switch the
-    filters off; do_sample=False takes the largest logit. top_p_from_tail: how top-p counts, see `top_p_filter`.
+    The draw is argmax(p / noise), which with `noise` from Exp(1) is an exact one from the filtered distribution. top_k=0 and
+    top_p=1 switch the filters off; do_sample=False takes the largest logit. top_p_from_tail: how top-p counts, see
+    `top_p_filter`. entropy_top_k: (fewest, most) candidates, see `entropy_top_k`; None = off. repetition_penalty: of ids that
+    are in the sequence already, where the decoder keeps account of them (1 = off).
     """
 
     temperature: float = 1.0
@@ -50,6 +92,8 @@ class Sampler:
     top_p: float = 1.0
     do_sample: bool = True
     top_p_from_tail: bool = False
+    entropy_top_k: tuple[int, int] | None = None
+    repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
         if not self.temperature >= 0:
@@ -58,20 +102,39 @@ class Sampler:
             raise ValueError(f"top_k must be an integer >= 0 (0 = off), got {self.top_k!r}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1] (1 = off), got {self.top_p!r}")
+        if self.entropy_top_k is not None:
+            bounds = tuple(self.entropy_top_k)
+            if len(bounds) != 2 or any(not isinstance(k, int) for k in bounds) or not 1 <= bounds[0] <= bounds[1]:
+                raise ValueError(f"entropy_top_k must be None or (fewest, most), 1 <= fewest <= most, got {bounds!r}")
+        if not 0 < self.repetition_penalty < float("inf"):
+            raise ValueError(
+                f"repetition_penalty must be a finite number > 0 (1 = off), got {self.repetition_penalty!r}"
+            )
 
-    def filter(self, logits: Tensor) -> Tensor:
-        """Temperature and filters on float32 logits [..., V]; removed entries are -inf."""
+    def filter(self, logits: Tensor, seen: Tensor | None = None) -> Tensor:
+        """Temperature and filters on float32 logits [..., V]; removed entries are -inf. seen: bool [..., V], ids so far."""
+        if seen is not None and self.repetition_penalty != 1.0:
+            logits = repetition_filter(logits, seen, self.repetition_penalty)
+        if self.entropy_top_k is not None:
+            logits = entropy_top_k_filter(logits, *self.entropy_top_k)
         if self.temperature != 1.0:
             logits = logits / max(self.temperature, 1e-5)
         return top_p_filter(top_k_filter(logits, self.top_k), self.top_p, self.top_p_from_tail)
 
-    def __call__(self, logits: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Logits [..., V] and Exp(1) noise [..., V] -> ids [...]. Without noise the global generator is used."""
+    def __call__(self, logits: Tensor, noise: Tensor | None = None, seen: Tensor | None = None) -> Tensor:
+        """Logits [..., V] and Exp(1) noise [..., V] -> ids [...]. Without noise the global generator is used.
+
+        Noise [..., 1] is uniform numbers below 1 instead: see `inverse_cdf`.
+        """
         if not self.do_sample:
+            if seen is not None and self.repetition_penalty != 1.0:
+                logits = repetition_filter(logits, seen, self.repetition_penalty)
             return logits.argmax(dim=-1)
-        probabilities = self.filter(logits).softmax(dim=-1)
+        probabilities = self.filter(logits, seen).softmax(dim=-1)
         if noise is None:
             noise = torch.empty_like(probabilities).exponential_()
+        if noise.shape[-1] == 1:
+            return inverse_cdf(probabilities, noise)
         return probabilities.div_(noise).argmax(dim=-1)
 
 
@@ -126,3 +189,13 @@ class NoiseSource:
             for generator in self.generators
         ]
         return torch.stack(rows).to(self.device)
+
+
+class UniformSource(NoiseSource):
+    """Recorded uniform numbers [B, N], step i of which decides the i-th draw by `inverse_cdf`."""
+
+    def __init__(self, uniforms: Tensor, device: torch.device | str = "cpu") -> None:
+        if uniforms.dim() != 2 or (uniforms.numel() and not 0 <= float(uniforms.min()) <= float(uniforms.max()) < 1):
+            raise ValueError(f"uniforms must be numbers in [0, 1) of shape [batch, steps], got {tuple(uniforms.shape)}")
+        super().__init__(None, len(uniforms), 1, device)
+        self.recorded = uniforms[..., None].to(device=self.device, dtype=torch.float64)

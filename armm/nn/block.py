@@ -15,7 +15,7 @@ from armm.nn.attention import attention
 from armm.nn.linear import FusedLinear, is_plain, separate
 from armm.nn.mlp import GatedMLP, build_mlp
 from armm.nn.modulation import NAMES, BlockModulation, modulate
-from armm.nn.norms import FastRMSNorm, RMSNorm, build_norm, rms_norm
+from armm.nn.norms import FastRMSNorm, HeadLayerNorm, RMSNorm, build_norm, rms_norm
 from armm.nn.rotary import apply_rotary
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ class BlockConfig:
     norm: str = "rms"
     norm_affine: bool = True
     norm_eps: float = 1e-5
+    norm_placement: str = "input"
     qkv_bias: bool = False
     out_bias: bool = False
     qk_norm: str | None = None
@@ -73,6 +74,9 @@ class Attention(nn.Module):
         if config.qk_norm == "rms":
             self.query_norm = RMSNorm(head_dim, config.qk_norm_eps)
             self.key_norm = RMSNorm(head_dim, config.qk_norm_eps)
+        elif config.qk_norm == "head_layer":
+            self.query_norm = HeadLayerNorm(self.heads, head_dim, config.qk_norm_eps)
+            self.key_norm = HeadLayerNorm(self.kv_heads, head_dim, config.qk_norm_eps)
         elif config.qk_norm == "l2":
             # cosine attention: logits = <q/|q|, k/|k|> * exp(min(query_scale, ln 100)), one learned scale a head
             self.query_scale = nn.Parameter(torch.full((self.heads,), math.log(4.0)))
@@ -80,7 +84,7 @@ class Attention(nn.Module):
 
     def normalize(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """Query/key norm per head on [B, N, H, d]."""
-        if self.qk_norm == "rms":
+        if self.qk_norm in ("rms", "head_layer"):
             return self.query_norm(query), self.key_norm(key)
         if self.qk_norm == "l2":
             scale = self.query_scale.float().clamp(max=MAX_QUERY_SCALE).exp()[:, None]
@@ -161,6 +165,7 @@ class FusedBlock:
         self.activation = mlp.activation
         self.silu = self.gated and mlp.activation is F.silu
         self.attention_norm, self.mlp_norm = _fast_norm(block.attention_norm), _fast_norm(block.mlp_norm)
+        self.norms_output = block.norms_output
 
     def split(self, qkv: Tensor, batch: int, length: int, rotary: Tensor | None) -> tuple[Tensor, Tensor]:
         """Merged projections [B * N, (H + 2 Hkv) d] -> queries [B, H, N, d], keys and values [2, B, Hkv, N, d]."""
@@ -197,7 +202,8 @@ class FusedBlock:
         batch, length, dim = x.shape
         x = x.reshape(batch * length, dim)
         step = length == 1
-        query, keys_values = self.split(self.qkv.rows(self.attention_norm(x), step), batch, length, rotary)
+        normed = x if self.norms_output else self.attention_norm(x)
+        query, keys_values = self.split(self.qkv.rows(normed, step), batch, length, rotary)
         if cache is None:
             key, value = keys_values.unbind(0)
         else:
@@ -206,14 +212,20 @@ class FusedBlock:
             out = F.scaled_dot_product_attention(query, key, value, mask, scale=self.scale)
         else:
             out = attention(query, key, value, mask=mask, causal=causal, scale=self.scale, backend=backend, layer=layer)
-        x = self.out.add_rows(x, (out if step else out.transpose(1, 2)).reshape(batch * length, -1), step)
+        out = (out if step else out.transpose(1, 2)).reshape(batch * length, -1)
+        if self.norms_output:
+            x = x + self.attention_norm(self.out.rows(out, step))
+        else:
+            x = self.out.add_rows(x, out, step)
 
-        hidden = self.up.rows(self.mlp_norm(x), step)
+        hidden = self.up.rows(x if self.norms_output else self.mlp_norm(x), step)
         if self.gated:
             gate, hidden = hidden.chunk(2, dim=-1)
             hidden = (F.silu(gate) if self.silu else self.activation(gate)).mul_(hidden)
         else:
             hidden = self.activation(hidden)
+        if self.norms_output:
+            return (x + self.mlp_norm(self.down.rows(hidden, step))).view(batch, length, dim)
         return self.down.add_rows(x, hidden, step, inplace=True).view(batch, length, dim)
 
 
@@ -229,6 +241,7 @@ def _fast_norm(norm: nn.Module) -> Callable[[Tensor], Tensor]:
 class Block(nn.Module):
     """x += attention(norm(x)); x += mlp(norm(x)); with modulation, the norms are shifted and scaled, the branches
     gated. With a context, x += cross_attention(norm(x), norm(context)) between the two, never modulated.
+    With norm_placement "output" it is x += norm(attention(x)); x += norm(mlp(x)).
     """
 
     def __init__(self, config: BlockConfig) -> None:
@@ -251,6 +264,11 @@ class Block(nn.Module):
                 config.modulation_order,
                 config.modulation_tasks,
             )
+        if config.norm_placement not in ("input", "output"):
+            raise ValueError(f"norm_placement must be 'input' or 'output', got {config.norm_placement!r}")
+        if config.norm_placement == "output" and (config.modulation is not None or config.context_dim is not None):
+            raise ValueError("norm_placement='output' has no modulation and no context: leave them out, or use 'input'")
+        self.norms_output = config.norm_placement == "output"
         self.dropout = config.dropout
         self._fused: FusedBlock | None = None
 
@@ -275,6 +293,10 @@ class Block(nn.Module):
             return self._observed(x, rotary, mask, causal, cache, layer, discard, backend, observe)
         if self._fused is not None and not torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type):
             return self._fused(x, rotary, mask, causal, cache, layer, discard, backend)
+        if self.norms_output:
+            branch = self.attention(x, rotary, mask, causal, cache, layer, discard, backend)
+            x = x + F.dropout(self.attention_norm(branch), self.dropout, self.training)
+            return x + F.dropout(self.mlp_norm(self.mlp(x)), self.dropout, self.training)
         if self.modulation is None:
             branch = self.attention(self.attention_norm(x), rotary, mask, causal, cache, layer, discard, backend)
             x = self.cross(x + F.dropout(branch, self.dropout, self.training), context, rotary, layer, backend)
@@ -287,8 +309,8 @@ class Block(nn.Module):
         return x + gate2 * F.dropout(self.mlp(h), self.dropout, self.training)
 
     def _observed(self, x: Tensor, *arguments: Any) -> Tensor:
-        if self.modulation is not None or self.cross_attention is not None:
-            raise ValueError("blocks with modulation or cross-attention cannot be observed")
+        if self.modulation is not None or self.cross_attention is not None or self.norms_output:
+            raise ValueError("blocks with modulation, cross-attention or norms behind their branches cannot be observed")
         *rest, observe = arguments
         h = self.attention_norm(x)
         branch = self.attention(h, *rest)

@@ -77,6 +77,24 @@ class LayerNorm(nn.Module):
         return f"{self.dim}, eps={self.eps}, affine={self.weight is not None}"
 
 
+class HeadLayerNorm(nn.Module):
+    """Layer normalisation of the last axis of [..., H, d] with a weight and a bias for each of the H heads."""
+
+    def __init__(self, heads: int, dim: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(heads, dim))
+        self.bias = nn.Parameter(torch.zeros(heads, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = low_precision_dtype(x)
+        x = F.layer_norm(x.float(), x.shape[-1:], None, None, self.eps)
+        return torch.addcmul(self.bias.float(), x, self.weight.float()).to(dtype)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, eps={self.eps}"
+
+
 def build_norm(kind: str, dim: int, eps: float, affine: bool = True) -> nn.Module:
     """A norm by name: "rms" or "layer"."""
     if kind == "rms":
