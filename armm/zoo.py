@@ -409,7 +409,8 @@ _CHAMELEON_ENTRIES = (
         paper="2503.11073",
     ),
 )
-ZOO: dict[str, ZooEntry] = {entry.name: entry for entry in (*_ENTRIES, *_ELM_ENTRIES, *_CONTINUOUS_ENTRIES, *_CHAMELEON_ENTRIES, *_JANUS_ENTRIES)}
+_ALL = (*_ENTRIES, *_ELM_ENTRIES, *_CONTINUOUS_ENTRIES, *_CHAMELEON_ENTRIES, *_JANUS_ENTRIES)
+ZOO: dict[str, ZooEntry] = {entry.name: entry for entry in _ALL}
 
 
 def list_models(pattern: str = "*", *, task: str | None = None) -> list[str]:
