@@ -32,6 +32,7 @@ PUBLIC_NAMES: dict[str, str] = {
     # pipelines
     "ARPipeline": "pipelines.base",
     "LlamaGenPipeline": "pipelines.llamagen",
+    "JanusPipeline": "pipelines.janus",
     "ELMPipeline": "pipelines.elm",
     "HiMARPipeline": "pipelines.himar",
     "MARPipeline": "pipelines.mar",
@@ -51,6 +52,7 @@ PUBLIC_NAMES: dict[str, str] = {
     "ARTransformer": "armm.transformer",
     "PositionTable": "armm.nn.positions",
     "AutoregressiveModel": "armm.model",
+    "MultimodalModel": "armm.multimodal_model",
     "PivotLatentModel": "armm.pivot_latent_model",
     "MaskedLatentModel": "armm.masked_latent_model",
     "NextScaleModel": "armm.next_scale_model",
@@ -78,10 +80,15 @@ PUBLIC_NAMES: dict[str, str] = {
     "PivotLatentDecoding": "armm.decoding.pivots",
     "MaskedLatentDecoding": "armm.decoding.masked",
     "NextScaleDecoding": "armm.decoding.next_scale",
+    "StepAnnealing": "armm.decoding.annealing",
+    "TokenPruning": "armm.pruning.transition",
+    "VisualTokenExit": "armm.pruning.exits",
+    "VisualTokenGates": "armm.pruning.exits",
+    "BeamSearch": "armm.decoding.beam",
+    "OPERA": "armm.decoding.opera",
     "NextXDecoding": "armm.decoding.next_x",
     "NextScaleFlowDecoding": "armm.decoding.next_scale_flow",
     "FlowSolver": "armm.decoding.solvers.flow",
-    "StepAnnealing": "armm.decoding.annealing",
     "DecodingOutput": "armm.decoding.base",
     # tokenizers
     "Codes": "tokenizers_visual.codes",
@@ -89,12 +96,13 @@ PUBLIC_NAMES: dict[str, str] = {
     "KLTokenizer": "tokenizers_visual.kl_tokenizer",
     "LARPTokenizer": "tokenizers_visual.larp",
     "VQTokenizer": "tokenizers_visual.vq_tokenizer",
+    "VisionEncoder": "tokenizers_visual.vision_encoder",
     "BinaryTokenizer": "tokenizers_visual.binary_tokenizer",
     "MultiScaleVQTokenizer": "tokenizers_visual.multi_scale_tokenizer",
 }
 
 # Public submodules reachable as attributes: `armm.zoo`, `armm.convert.llamagen`, ...
-PUBLIC_MODULES: tuple[str, ...] = ("convert", "data", "evaluation", "training", "weights", "zoo")
+PUBLIC_MODULES: tuple[str, ...] = ("convert", "data", "evaluation", "explain", "pruning", "training", "weights", "zoo")
 
 __all__ = ["__version__", *PUBLIC_NAMES, *PUBLIC_MODULES]
 

@@ -27,6 +27,7 @@ FAMILY_PIPELINES: dict[str, tuple[str, str]] = {
     "llamagen": ("pipelines.llamagen", "LlamaGenPipeline"),
     "chameleon": ("pipelines.chameleon", "ChameleonPipeline"),
     "elm": ("pipelines.elm", "ELMPipeline"),
+    "janus": ("pipelines.janus", "JanusPipeline"),
     "himar": ("pipelines.himar", "HiMARPipeline"),
     "lumina_mgpt": ("pipelines.lumina_mgpt", "LuminaMGPTPipeline"),
     "mar": ("pipelines.mar", "MARPipeline"),
@@ -78,24 +79,23 @@ def published_pipeline(name: str, *, config: dict[str, Any] | None = None, **kwa
             the pipeline's `from_pretrained`.
     """
     entry = zoo.get(name)
-    if entry.tokenizer is None:
+    if entry.task == "tokenizer":
         users = [other.name for other in zoo.ZOO.values() if other.tokenizer == entry.name]
         raise ValueError(
             f"{entry.name} is a tokenizer, not a generator; use `armm.convert.convert({entry.family!r}, path)` for the tokenizer alone"
             + (f", or one of the models that use it: {', '.join(users)}." if users else ".")
         )
     options = {key: kwargs.pop(key) for key in _HUB_OPTIONS if key in kwargs}
-    tokenizer_entry = zoo.get(entry.tokenizer)
     file, tokenizer_file = (
-        fetch(part.repo, part.file, **options) if part.file else fetch_snapshot(part.repo, **options)
-        for part in (entry, tokenizer_entry)
+        None if part is None else fetch(part.repo, part.file, **options) if part.file else fetch_snapshot(part.repo, **options)
+        for part in (entry, None if entry.tokenizer is None else zoo.get(entry.tokenizer))  # some files hold their tokenizer
     )
     module, class_name = FAMILY_PIPELINES[entry.family]
     pipeline_class = getattr(importlib.import_module(module), class_name)
     config = {**entry.config, **(config or {})}
-    folder = converted_folder(entry.name, [file, tokenizer_file], config)
+    folder = converted_folder(entry.name, [part for part in (file, tokenizer_file) if part is not None], config)
     if not (folder / INDEX_NAME).is_file():
-        logger.info("converting %s into %s", entry.file, folder)
+        logger.info("converting %s into %s", entry.file or entry.repo, folder)
         parts = family_module(entry.family).load_single_file(
             file,
             tokenizer=tokenizer_file,

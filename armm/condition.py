@@ -54,6 +54,16 @@ class Condition:
             None if self.vector is None else self.vector[rows],
         )
 
+    def unpadded(self) -> Condition:
+        """One row without the masked slots in front of it."""
+        if self.batch != 1:
+            raise ValueError(f"only one row can be unpadded, got {self.batch}")
+        if self.mask is None:
+            return self
+        missing = int((~self.mask.bool()).sum())
+        index = None if self.index is None else self.index[:, missing:]
+        return Condition(self.embeds[:, missing:], None, index, max(self.bidirectional - missing, 0))
+
     def repeat(self, times: int) -> Condition:
         """Every row `times` times, copies next to each other."""
         return Condition(

@@ -237,8 +237,15 @@ class AutoregressiveModel(TrunkModel):
             )
         return rotary_table(coordinates, trunk.rotary_axes, trunk.rotary_theta, layout.zero, trunk.rotary_layout)
 
-    def image_index(self, grid: Sequence[int] | None = None, device: torch.device | str | None = None) -> Tensor:
-        """Flat position ids of the image's tokens in the trunk, in raster order."""
+    def image_index(
+        self,
+        grid: Sequence[int] | None = None,
+        device: torch.device | str | None = None,
+        *,
+        behind: Tensor | None = None,
+    ) -> Tensor:
+        """Flat position ids of the image's tokens in the trunk, in raster order. behind: of the tokens before it, which matter
+        to models whose images stand anywhere in a stream (`MultimodalModel`), not here."""
         count = math.prod(self.trunk_grid(grid))
         return torch.arange(self.prefix_slots, self.prefix_slots + count, device=device or self.device)
 

@@ -16,6 +16,7 @@ from armm.cache import KVCache
 from armm.nn.attention import check_backend, current_backend
 from armm.nn.block import Block, BlockConfig
 from armm.nn.bridge import Bridge
+from armm.nn.hooks import LayerHook
 from armm.nn.masks import additive_mask, merge_causal
 from armm.nn.mlp import GATED, gated_hidden
 from armm.nn.modulation import NAMES, Modulation
@@ -269,6 +270,7 @@ class ARTransformer(ModelMixin, ConfigMixin):
         segments: Tensor | None = None,
         context: Tensor | None = None,
         discard: int = 0,
+        hook: LayerHook | None = None,
     ) -> Tensor | tuple[Tensor, dict[int, Tensor]]:
         """`embeds` [B, N, D] -> hidden [B, N, D], normalised; with taps (hidden, {tap: hidden}).
 
@@ -277,7 +279,8 @@ class ARTransformer(ModelMixin, ConfigMixin):
         came before; combined with `mask` if both are given. cache: appended to. discard: so many of the last tokens
         are seen by this call but not kept in the cache. modulation: condition [B, C] or [B, N, C], or [B, S, C] with
         segments [N], which says for each token the row that it follows; with "branches" a pair of conditions, with "tasks" the
-        task of each row, int64 [B] or [1]. context: [B, N, context_dim], standing at the positions of the tokens.
+        task of each row, int64 [B] or [1]. context: [B, N, context_dim], standing at the positions of the tokens. hook: looks in between
+        the blocks, and may shorten the sequence there.
         """
         length = embeds.shape[1]
         x, rotary = embeds, None
@@ -301,12 +304,14 @@ class ARTransformer(ModelMixin, ConfigMixin):
             condition = (self.shared_modulation(self.task_embedding(modulation)), modulation)
         elif self.shared_modulation is not None:
             condition = self.shared_modulation(modulation)
-        backend = self._attention_backend or current_backend()
+        backend = current_backend(self._attention_backend)
         checkpointing = self.gradient_checkpointing and torch.is_grad_enabled() and cache is None
 
         if (context is None) != (self.context_dim is None):
             raise ValueError("context and the transformer's context_dim belong together: give both or neither")
         bridged = dict(zip(self.bridges, positions.bridges, strict=True)) if positions and positions.bridges else {}
+        if hook is not None:
+            hook.start(length)
         tapped: dict[int, Tensor] = {}
         for layer, block in enumerate(self.blocks):
             if layer in self.taps:
@@ -314,7 +319,11 @@ class ARTransformer(ModelMixin, ConfigMixin):
             if str(layer) in self.bridges:
                 x = self.bridges[str(layer)](x, bridged.get(str(layer)))
             arguments = (x, rotary, mask, causal, cache, layer, discard, backend, condition, segments, context)
-            x = self._gradient_checkpointing_func(block, *arguments) if checkpointing else block(*arguments)
+            if hook is not None:
+                x = block(*arguments, hook.observer(layer))
+                x, rotary, mask, causal = hook.after(layer, x, rotary, mask, causal)
+            else:
+                x = self._gradient_checkpointing_func(block, *arguments) if checkpointing else block(*arguments)
         if self.norm is not None:
             x = self.norm(x)
         return (x, tapped) if self.taps else x

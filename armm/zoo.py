@@ -212,6 +212,28 @@ _ELM_ENTRIES = (
     _elm("mlmXXL-1-16", 1464),
 )
 
+
+def _janus(name: str, parameters: float, paper: str, figures: dict[str, float]) -> ZooEntry:
+    return ZooEntry(
+        name.lower(),
+        family="janus",
+        task="text-and-image",
+        repo=f"deepseek-ai/{name}",
+        file="",
+        parameters=parameters,
+        licence="MIT (code); DeepSeek Model License (weights)",
+        image_size=384,
+        generation_config={"guidance_scale": 5.0, "temperature": 1.0, "max_new_tokens": 512},
+        figures=figures,
+        paper=paper,
+    )
+
+
+_JANUS_ENTRIES = (
+    _janus("Janus-1.3B", 2090, "2410.13848", {"GenEval": 0.61, "DPG-Bench": 79.68, "POPE": 87.0, "MMBench": 69.4}),
+    _janus("Janus-Pro-1B", 2090, "2501.17811", {"GenEval": 0.73, "DPG-Bench": 82.63, "POPE": 86.2, "MMBench": 75.5}),
+    _janus("Janus-Pro-7B", 7420, "2501.17811", {"GenEval": 0.80, "DPG-Bench": 84.19, "POPE": 87.4, "MMBench": 79.2}),
+)
 _NO_LICENCE = "none stated: neither code nor weights have a licence file"
 
 
@@ -387,7 +409,8 @@ _CHAMELEON_ENTRIES = (
         paper="2503.11073",
     ),
 )
-ZOO: dict[str, ZooEntry] = {entry.name: entry for entry in (*_ENTRIES, *_ELM_ENTRIES, *_CONTINUOUS_ENTRIES, *_CHAMELEON_ENTRIES)}
+_ALL = (*_ENTRIES, *_ELM_ENTRIES, *_CONTINUOUS_ENTRIES, *_CHAMELEON_ENTRIES, *_JANUS_ENTRIES)
+ZOO: dict[str, ZooEntry] = {entry.name: entry for entry in _ALL}
 
 
 def list_models(pattern: str = "*", *, task: str | None = None) -> list[str]:

@@ -14,6 +14,7 @@ _PUBLIC = {
     "ChameleonPipeline": "pipelines.chameleon",
     "ELMPipeline": "pipelines.elm",
     "ARVideoOutput": "pipelines.outputs",
+    "JanusPipeline": "pipelines.janus",
     "LlamaGenPipeline": "pipelines.llamagen",
     "HiMARPipeline": "pipelines.himar",
     "LuminaMGPTPipeline": "pipelines.lumina_mgpt",

@@ -9,6 +9,7 @@ import PIL.Image
 import torch
 from diffusers.utils import BaseOutput
 
+from armm.pruning.cost import Cost
 from tokenizers_visual.codes import Codes
 
 
@@ -80,6 +81,8 @@ class ARTextOutput(BaseOutput):
 
     Args:
         texts: the texts, in the order of the requests.
+        cost: operations of the call and what pruning saved of them, where it is enabled.
     """
 
     texts: list[str]
+    cost: Cost | None = None

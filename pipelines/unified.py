@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-import numpy as np
-import PIL.Image
 import torch
 from diffusers import DiffusionPipeline
 
@@ -21,6 +19,7 @@ from tokenizers_visual.codes import Codes
 from tokenizers_visual.vq_tokenizer import VQTokenizer
 
 from .base import ARPipeline
+from .images import images_to_pixels
 from .text import WordTokenizer
 
 __all__ = ["DiffusionPipeline", "UnifiedPipeline", "images_to_pixels"]
@@ -270,64 +269,3 @@ def candidate_generators(
         seeds = torch.randint(2**62, (images * candidates,), generator=generator, device=generator.device).tolist()
         return [torch.Generator(generator.device).manual_seed(seed) for seed in seeds]
     return [child for one in generator for child in candidate_generators(one, 1, candidates) or ()]
-
-
-def images_to_pixels(image: Any, size: tuple[int, int], name: str = "image") -> torch.Tensor:
-    """Images as float32 pixels [B, 3, H, W] in [-1, 1] of `size` (height, width).
-
-    Args:
-        image: a PIL image, or a list of them; a uint8 or float array [H, W, 3] or [B, H, W, 3], floats in [0, 1]; a uint8 or
-            float tensor [3, H, W] or [B, 3, H, W], floats in [0, 1]; or a list of such arrays or tensors. Images of another
-            size are cropped in the middle to the model's shape, then resized.
-        size: of the model's images.
-        name: of the argument, for error messages.
-
-    Raises:
-        TypeError: none of these. ValueError: an array of another shape or range, an empty list.
-    """
-    if isinstance(image, (list, tuple)):
-        if not image:
-            raise ValueError(f"`{name}` is an empty list: give at least one image.")
-        return torch.cat([images_to_pixels(item, size, name) for item in image])
-    if isinstance(image, PIL.Image.Image):
-        array = np.asarray(image.convert("RGB"))[None]
-    elif isinstance(image, (np.ndarray, torch.Tensor)):
-        array = _as_uint8(image, name)
-    else:
-        raise TypeError(
-            f"`{name}` must be a PIL image, an array, a tensor or a list of them, got {type(image).__name__}."
-        )
-    height, width = size
-    rows = []
-    for item in array:
-        picture = PIL.Image.fromarray(item)
-        if picture.size != (width, height):
-            scale = min(picture.width / width, picture.height / height)
-            crop_width, crop_height = max(1, round(width * scale)), max(1, round(height * scale))
-            left, top = (picture.width - crop_width) // 2, (picture.height - crop_height) // 2
-            box = (left, top, left + crop_width, top + crop_height)
-            picture = picture.resize((width, height), PIL.Image.Resampling.BICUBIC, box=box, reducing_gap=None)
-        rows.append(np.array(picture))
-    return torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2).float() / 127.5 - 1.0
-
-
-def _as_uint8(image: np.ndarray | torch.Tensor, name: str) -> np.ndarray:
-    """An array [.., H, W, 3] or a tensor [.., 3, H, W] -> uint8 array [B, H, W, 3]."""
-    expected = "[3, H, W] or [B, 3, H, W]" if isinstance(image, torch.Tensor) else "[H, W, 3] or [B, H, W, 3]"
-    axis = -3 if isinstance(image, torch.Tensor) else -1
-    if image.ndim not in (3, 4) or image.shape[axis] != 3 or 0 in image.shape:
-        raise ValueError(f"`{name}` must have shape {expected}, got {tuple(image.shape)}.")
-    if isinstance(image, torch.Tensor):
-        image = image.detach().cpu().movedim(-3, -1)
-        image = (image.float() if image.is_floating_point() else image).numpy()
-    if image.ndim == 3:
-        image = image[None]
-    if image.dtype == np.uint8:
-        return np.ascontiguousarray(image)
-    if not np.issubdtype(image.dtype, np.floating):
-        raise TypeError(f"`{name}` must be uint8 in 0 .. 255 or floating point in 0 .. 1, got {image.dtype}.")
-    if not np.isfinite(image).all() or image.min() < -1e-3 or image.max() > 1 + 1e-3:
-        raise ValueError(
-            f"`{name}` must lie in [0, 1] as floating point, got values from {image.min():.3g} to {image.max():.3g}: rescale it."
-        )
-    return np.ascontiguousarray((image.clip(0, 1) * 255).round().astype(np.uint8))

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import PIL.Image
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import replace_example_docstring
 
-from armm.decoding.sampling import Sampler
-from armm.decoding.text import decode_text
+from armm.decoding.beam import BeamSearch
 
+from .images import images_to_pixels
 from .outputs import ARTextOutput
+from .understanding import Reading, UnderstandingPipeline
 from .unified import UnifiedPipeline
 
 __all__ = ["DiffusionPipeline", "UnifiedImageToTextPipeline"]
@@ -33,8 +35,21 @@ EXAMPLE_DOC_STRING = """
 """
 
 
-class UnifiedImageToTextPipeline(UnifiedPipeline):
+class UnifiedImageToTextPipeline(UnderstandingPipeline, UnifiedPipeline):
     """Reads images: a caption, or the answer to a question."""
+
+    pads_readings = False  # no padding, so a text does not depend on what it is batched with
+
+    @property
+    def stop_id(self) -> int:
+        return self.words.end
+
+    @property
+    def text_range(self) -> tuple[int, int]:
+        return 0, len(self.words)
+
+    def decode_words(self, ids: Sequence[int]) -> str:
+        return self.words.decode(ids)
 
     @torch.no_grad()
     @replace_example_docstring(EXAMPLE_DOC_STRING)
@@ -47,6 +62,7 @@ class UnifiedImageToTextPipeline(UnifiedPipeline):
         temperature: float = 0.0,
         top_k: int = 0,
         top_p: float = 1.0,
+        search: BeamSearch | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: bool = True,
         callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
@@ -64,6 +80,7 @@ class UnifiedImageToTextPipeline(UnifiedPipeline):
             max_new_tokens (`int`, *optional*): longest text; by default as long as the model can say.
             temperature (`float`, *optional*, defaults to 0): 0 says the likeliest word.
             top_k, top_p: filters of the draw when `temperature` is above 0.
+            search (`BeamSearch` or `OPERA`, *optional*): looks for the likeliest text with several beams.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*): one for the call, or one for each text.
             return_dict (`bool`, *optional*, defaults to `True`): return an `ARTextOutput` rather than a tuple.
             callback_on_step_end (`Callable`, *optional*): called as `callback(pipe, step, timestep, tensors)` after each
@@ -75,62 +92,70 @@ class UnifiedImageToTextPipeline(UnifiedPipeline):
         Returns:
             [`ARTextOutput`] or `tuple`: one text for each image or question.
         """
-        self.check_number("temperature", temperature, low=0)
-        self.check_number("top_k", top_k, low=0, integer=True)
-        self.check_number("top_p", top_p, low=0, high=1)
-        if top_p == 0:
-            raise ValueError("`top_p` must be above 0 (1 turns the filter off), got 0.")
+        sampler = self.check_text_sampling(temperature, top_k, top_p)
+        self.check_search(search, temperature)
         self.check_callback_inputs(callback_on_step_end_tensor_inputs)
-        if caption is not None and question is not None:
-            raise ValueError("`caption` and `question` exclude each other: fill a caption, or ask.")
-        segments = self._segments(question) if caption is None else [self._holed(caption)]
-        slots = self.transformer.answer_slots + 1
-        room = slots - max(len(ids) for ids in segments)
-        if max_new_tokens is not None:
-            self.check_number("max_new_tokens", max_new_tokens, low=1, high=room, integer=True)
-        codes = self.encode_image(image)
-        codes, segments = _pair(codes, segments, question)
-        self.check_generator(generator, len(segments))
-        sampler = Sampler(temperature=temperature or 1.0, top_k=int(top_k), top_p=top_p, do_sample=temperature > 0)
-        if isinstance(generator, torch.Generator):
-            # One stream for the call: its texts take independent generators seeded from it, whatever their grouping.
-            seeds = torch.randint(2**62, (len(segments),), generator=generator, device=generator.device).tolist()
-            generator = [torch.Generator(generator.device).manual_seed(seed) for seed in seeds]
-        texts = [""] * len(segments)
-        self._interrupt = False
-        self._num_timesteps = max_new_tokens or slots - min(len(ids) for ids in segments)
+        readings = self.readings(image, question, caption=caption, max_new_tokens=max_new_tokens)
+        self.check_generator(generator, len(readings))
 
         def step_end(step: int, ids: torch.Tensor) -> torch.Tensor | None:
             return self.step_end(callback_on_step_end, callback_on_step_end_tensor_inputs, step, {"latents": ids}).get(
                 "latents"
             )
 
-        # Segments of one length go together: no padding, so a text does not depend on what it is batched with.
-        for length in sorted({len(ids) for ids in segments}):
-            rows = [row for row, ids in enumerate(segments) if len(ids) == length]
-            asked = torch.tensor([segments[row] for row in rows], device=codes.device)
-            prefix = self.transformer.reading_condition(
-                self.null_prefix(len(rows)), codes[rows] + len(self.words), asked
-            )
-            output = decode_text(
-                self.transformer,
-                prefix,
-                stop_id=self.words.end,
-                max_tokens=max_new_tokens or slots - length,
-                sampler=sampler,
-                noise=None if generator is None else [generator[row] for row in rows],
-                vocabulary=(0, len(self.words)),
-                callback=None if callback_on_step_end is None else step_end,
-                interrupt=lambda: self._interrupt,
-                check_every=2,
-            )
-            for row, ids in zip(rows, output.tokens(), strict=True):
-                texts[row] = self.words.decode(ids)
+        written, cost = self.write(
+            readings,
+            max_new_tokens=max_new_tokens,
+            sampler=sampler,
+            search=search,
+            generator=generator,
+            callback=None if callback_on_step_end is None else step_end,
+        )
+        texts = [self.words.decode(ids) for ids in written]
         if caption is not None:
             before, after = caption.split(_HOLE)
             texts = [" ".join(f"{before} {text} {after}".split()) for text in texts]
         self.maybe_free_model_hooks()
-        return ARTextOutput(texts=texts) if return_dict else (texts,)
+        return ARTextOutput(texts=texts, cost=cost) if return_dict else (texts,)
+
+    def ask(self, image: Any, question: Any = None, **options: Any) -> ARTextOutput:
+        """The call, by the name that all pipelines share that read."""
+        return self(image, question, **options)  # type: ignore[return-value]
+
+    def seen(self, image: Any) -> PIL.Image.Image:
+        pixels = images_to_pixels(image, self.image_size)[:1]
+        return self.pixels_to_images(pixels, "pil")[0]  # type: ignore[return-value]
+
+    def readings(
+        self,
+        image: Any,
+        question: str | list[str] | None = None,
+        *,
+        caption: str | None = None,
+        max_new_tokens: int | None = None,
+    ) -> list[Reading]:
+        """The prompts of a call."""
+        if caption is not None and question is not None:
+            raise ValueError("`caption` and `question` exclude each other: fill a caption, or ask.")
+        segments = self._segments(question) if caption is None else [self._holed(caption)]
+        slots = self.transformer.answer_slots + 1
+        if max_new_tokens is not None:
+            room = slots - max(len(ids) for ids in segments)
+            self.check_number("max_new_tokens", max_new_tokens, low=1, high=room, integer=True)
+        codes, segments = _pair(self.encode_image(image), segments, question)
+        model, prefix = self.transformer, self.null_prefix(1)
+        first = prefix.shape[1]
+        end = first + model.image_index().numel()
+        readings = []
+        for row, segment in zip(codes, segments, strict=True):
+            asked = torch.tensor([segment], device=codes.device)
+            condition = model.reading_condition(prefix, row[None] + len(self.words), asked)
+            ids = [*prefix[0].tolist(), *[-1] * (end - first), *segment]
+            question_span = (end + 1, end + max(len(segment) - 1, 1))
+            readings.append(
+                Reading(condition, ids, [(first, end)], [model.trunk_grid()], question_span, slots - len(segment))
+            )
+        return readings
 
     def _holed(self, caption: Any) -> list[int]:
         """What a caption with a hole is written as (see `armm.decoding.infilling`), up to where the hole's words start."""

@@ -26,8 +26,10 @@ ROOMS = {
     "tokenizers": ("tokenizers_visual",),
     "trunk": ("armm.transformer", "armm.cache", "armm.heads", "armm.model", "armm.model_base", "armm.int8_weights", "armm.condition",
               "armm.next_scale_model", "armm.next_x_model", "armm.next_scale_flow_model", "armm.masked_latent_model",
-              "armm.pivot_latent_model"),  # fmt: skip
+              "armm.pivot_latent_model", "armm.multimodal_model"),  # fmt: skip
     "decoding": ("armm.decoding",),
+    "pruning": ("armm.pruning",),
+    "explain": ("armm.explain",),
     "pipelines": ("pipelines",),
     "data": ("armm.data",),
     "training": ("armm.training",),
@@ -36,7 +38,7 @@ ROOMS = {
     "zoo": ("armm.zoo", "armm.auto"),
     "cli": ("armm.cli",),
 }
-LOW = {"leaf", "nn", "trunk", "decoding", "tokenizers"}
+LOW = {"leaf", "nn", "trunk", "decoding", "tokenizers", "pruning", "explain"}
 # Room -> the rooms it may import besides itself. Only the command line goes through the front door.
 ALLOWED = {
     "front": {"leaf"},
@@ -45,6 +47,8 @@ ALLOWED = {
     "tokenizers": {"nn"},
     "trunk": {"nn"},
     "decoding": {"nn", "trunk"},
+    "pruning": {"nn", "trunk", "decoding"},
+    "explain": {"nn", "trunk", "decoding"},
     "pipelines": LOW,
     "data": {"leaf"},
     "evaluation": LOW | {"pipelines", "data"},

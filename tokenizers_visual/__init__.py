@@ -17,6 +17,7 @@ _PUBLIC = {
     "ViT": "tokenizers_visual.vit",
     "LARPTokenizer": "tokenizers_visual.larp",
     "VQTokenizer": "tokenizers_visual.vq_tokenizer",
+    "VisionEncoder": "tokenizers_visual.vision_encoder",
     "MultiScaleQuantizer": "tokenizers_visual.multi_scale",
     "MultiScaleVQTokenizer": "tokenizers_visual.multi_scale_tokenizer",
 }

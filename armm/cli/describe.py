@@ -6,6 +6,7 @@ import argparse
 import json
 
 from armm.cli.common import MAX_SEED, add_device_arguments, add_parser, load_pipeline, read_image, resolve_device, whole
+from armm.cli.output import IMAGE_SUFFIXES, check_file, save_image
 
 DESCRIPTION = """\
 Says what a picture shows, or answers questions about it.
@@ -16,6 +17,7 @@ EXAMPLES = """\
   armm describe scene.png
   armm describe scene.png -q "what color is the cube?" -q "how many objects are there?"
   armm describe scene.png --json
+  armm describe scene.png -q "what color is the cube?" --explain why.png
 """
 
 
@@ -23,6 +25,10 @@ def add(subparsers: argparse._SubParsersAction) -> None:
     parser = add_parser(subparsers, "describe", "what a picture shows, answers about it", DESCRIPTION, EXAMPLES)
     parser.add_argument("image", metavar="IMAGE", help="picture file")
     parser.add_argument("-q", "--question", action="append", default=[], metavar="Q", help="ask this; may be repeated")
+    parser.add_argument("--explain", metavar="FILE", help="write a picture of where each word of the answer comes from")
+    parser.add_argument(
+        "--method", default="tam", choices=("tam", "arc", "msea", "msea+arc", "attention"), help="of --explain (default: tam)"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument(
         "--model", default="image-to-text", help="a zoo name, a hub id or a folder (default: the shipped model)"
@@ -36,6 +42,9 @@ def run(args: argparse.Namespace) -> int:
     for question in args.question:
         if not question.strip():
             raise ValueError("--question: empty; ask something")
+    target = check_file("--explain", args.explain, IMAGE_SUFFIXES) if args.explain else None
+    if target is not None and len(args.question) > 1:
+        raise ValueError("--explain: explains one answer; give one question")
     image = read_image(args.image)
     resolve_device(args.device)
 
@@ -44,7 +53,14 @@ def run(args: argparse.Namespace) -> int:
     pipe = load_pipeline(args.model, args)
 
     generator = torch.Generator().manual_seed(args.seed)
-    texts = pipe(image, question=args.question or None, generator=generator).texts
+    if not hasattr(pipe, "ask"):
+        raise ValueError(f"--model: {type(pipe).__name__} does not read pictures; leave it out, or name a model that does")
+    if target is not None:
+        explanation = pipe.explain(image, args.question[0] if args.question else None, method=args.method)
+        save_image(explanation.image(), target)
+        texts = [explanation.answer]
+    else:
+        texts = pipe.ask(image, args.question or None, generator=generator).texts
     answers = list(zip(args.question, texts, strict=True)) if args.question else []
     caption = None if answers else texts[0]
     if args.json:

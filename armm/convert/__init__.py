@@ -22,6 +22,7 @@ from .containers import (
 FAMILIES: dict[str, str] = {
     "chameleon": "armm.convert.chameleon",
     "elm": "armm.convert.elm",
+    "janus": "armm.convert.janus",
     "flowar": "armm.convert.flowar",
     "himar": "armm.convert.himar",
     "kl": "armm.convert.kl",

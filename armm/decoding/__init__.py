@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from armm.decoding.base import DecodingOutput, TokenStream
+from armm.decoding.beam import BeamSearch
 from armm.decoding.guidance import ContextGuidance, Guidance
 from armm.decoding.interleaved import InterleavedDecoding, SequenceOutput
 from armm.decoding.likelihood import text_log_likelihood
@@ -16,10 +17,11 @@ from armm.decoding.next_scale import NextScaleDecoding, NextScaleOutput, scale_m
 from armm.decoding.next_scale_flow import NextScaleFlowDecoding, NextScaleFlowOutput
 from armm.decoding.next_token import NextTokenDecoding
 from armm.decoding.next_x import NextXDecoding, NextXOutput
+from armm.decoding.opera import OPERA
 from armm.decoding.parallel_groups import ParallelGroupsDecoding
 from armm.decoding.pivots import PivotLatentDecoding
 from armm.decoding.sampling import NoiseSource, Sampler, top_k_filter, top_p_filter
-from armm.decoding.text import TextOutput, decode_text
+from armm.decoding.text import TextOutput, decode_text, stream_text
 from armm.decoding.token_shuffle import TokenShuffleDecoding
 from armm.decoding.vocabulary import Grammar, ImageBlock
 
@@ -57,6 +59,8 @@ def build_strategy(config: Mapping[str, Any]) -> Any:
 
 __all__ = [
     "DECODING_STRATEGIES",
+    "OPERA",
+    "BeamSearch",
     "ContextGuidance",
     "DecodingOutput",
     "Grammar",
@@ -84,6 +88,7 @@ __all__ = [
     "build_strategy",
     "decode_text",
     "scale_masks",
+    "stream_text",
     "text_log_likelihood",
     "top_k_filter",
     "top_p_filter",

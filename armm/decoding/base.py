@@ -15,6 +15,7 @@ from armm.nn.masks import additive_mask, key_mask, prefix_mask
 if TYPE_CHECKING:
     from armm.decoding.guidance import Guidance
     from armm.model import AutoregressiveModel
+    from armm.nn.hooks import LayerHook
     from armm.nn.positions import PositionTable
 
 # What runs embeddings through the trunk: the trunk itself, or a compiled form of it.
@@ -125,7 +126,8 @@ class TokenStream:
     """A batch of rows being decoded one token at a time: prefix through the trunk, then token after token.
 
     following: positions of the tokens that will be fed after the prefix, in the order in which they are fed; one table
-    for all rows or one per row. Tokens go in one at a time (`feed`) or in groups that see each other (`feed_group`).
+    for all rows or one per row. Tokens go in one at a time (`feed`) or in groups that see each other (`feed_group`). spare: room
+    in the cache for tokens that do not stay. hook: looks in between the blocks, see `ARTransformer.forward`.
     """
 
     def __init__(
@@ -134,14 +136,18 @@ class TokenStream:
         prefix: Condition,
         prefix_positions: PositionTable,
         following: PositionTable,
+        *,
+        spare: int = 0,
+        hook: LayerHook | None = None,
     ) -> None:
+        self.hook = hook
         self.model, self.trunk, self.prefix = model, model.trunk, prefix
         self.prefix_positions = prefix_positions
         fed = following.length
         self.following = following
         self.positions = [following[i : i + 1] for i in range(fed)]
         self.length = prefix.length
-        self.cache = self.trunk.allocate_cache(prefix.batch, self.length + fed)
+        self.cache = self.trunk.allocate_cache(prefix.batch, self.length + fed + spare)
         self.bias: Tensor | None = None
         self.num_calls = 0
         self.embed = model.embed
@@ -176,10 +182,14 @@ class TokenStream:
 
     def _run(self, embeds: Tensor, positions: PositionTable, mask: Tensor | None, causal: bool) -> tuple[Tensor, ...]:
         self.num_calls += 1
-        return _states(self.trunk(embeds, positions=positions, mask=mask, causal=causal, cache=self.cache))
+        return _states(
+            self.trunk(embeds, positions=positions, mask=mask, causal=causal, cache=self.cache, hook=self.hook)
+        )
 
     def narrow(self, rows: int) -> None:
         """Go on with the first `rows` rows only."""
         self.cache.narrow(rows)
+        self.following = self.following.narrow(rows)
+        self.positions = [positions.narrow(rows) for positions in self.positions]
         if self.bias is not None:
             self.bias = self.bias[:rows]

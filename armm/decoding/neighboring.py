@@ -79,7 +79,9 @@ class NeighboringDecoding(GroupedDecoding):
 def check_neighboring(model: AutoregressiveModel) -> None:
     """Raises ValueError unless the model has heads for its neighbours."""
     if not isinstance(model.head, NeighboringHead):
-        raise ValueError(f"neighboring decoding needs a model with a neighboring head, this one has a {type(model.head).__name__}")
+        raise ValueError(
+            f"neighboring decoding needs a model with a neighboring head, this one has a {type(model.head).__name__}"
+        )
 
 
 def near_to_far_mask(prefix: int, grid: Sequence[int], device: torch.device | str | None = None) -> Tensor:

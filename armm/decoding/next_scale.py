@@ -147,7 +147,9 @@ class NextScaleDecoding(SchedulerMixin, ConfigMixin):
                 vectors = self._average(sampler.filter(logits), draw, step, len(scales), quantizer.codebook())
             if known_ids is not None:
                 known, given = known_mask[:, start:stop].to(device), known_ids[:, start:stop].to(device)
-                vectors = torch.where(known[..., None], quantizer.lookup(given.where(known, given.new_zeros(()))), vectors)
+                vectors = torch.where(
+                    known[..., None], quantizer.lookup(given.where(known, given.new_zeros(()))), vectors
+                )
                 drawn = torch.where(known, given, drawn)
             ids[:, start:stop] = drawn
             before, features = features, quantizer.accumulate(features, vectors, step, scales)

@@ -71,7 +71,8 @@ class NextTokenDecoding(SchedulerMixin, ConfigMixin):
         ids: of the whole vocabulary. low, high: the rows of the vocabulary that are wanted. trunk: a compiled form of the
         model's.
         """
-        total, index = condition.length + ids.shape[1] - 1, model.image_index(grid, ids.device)[:-1]
+        total = condition.length + ids.shape[1] - 1
+        index = model.image_index(grid, ids.device, behind=prefix_index(model, condition))[..., :-1]
         mask = causal_mask(total, total, ids.device)
         hidden = run_image(model, condition, model.embed(ids[:, :-1]), index, mask, grid, trunk)[-1]
         return model.logits(hidden[:, condition.length - 1 :], low=low, high=high)
@@ -108,7 +109,9 @@ class NextTokenDecoding(SchedulerMixin, ConfigMixin):
         """
         wake(model)
         if not model.causal or model.tokens_per_position > 1:
-            raise ValueError("next-token decoding needs a causal model with one token a position; use MaskedTokenDecoding")
+            raise ValueError(
+                "next-token decoding needs a causal model with one token a position; use MaskedTokenDecoding"
+            )
         if model.window > 1 or model.head.num_states > 1:
             other = "TokenShuffleDecoding" if model.window > 1 else "NeighboringDecoding"
             raise ValueError(f"next-token decoding does not suit this model: it was made for {other}")
@@ -171,9 +174,9 @@ def _image_stream(
     model: AutoregressiveModel, rows: Condition, grid: Sequence[int], prefix: Tensor | None = None
 ) -> TokenStream:
     index = prefix_index(model, rows)
-    fed = model.image_index(grid, rows.embeds.device)[:-1]  # the last token is never fed
+    fed = model.image_index(grid, rows.embeds.device, behind=index)[..., :-1]  # the last token is never fed
     if prefix is not None:
-        given, fed = fed[: prefix.shape[1]], fed[prefix.shape[1] :]
+        given, fed = fed[..., : prefix.shape[1]], fed[..., prefix.shape[1] :]
         rows = rows.extend(model.embed(prefix), given)
         index = torch.cat([index, given.expand(*index.shape[:-1], -1)], dim=-1)
     return TokenStream(model, rows, model.positions_for(index, grid), model.positions_for(fed, grid))

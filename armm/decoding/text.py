@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,15 +15,18 @@ from armm.decoding.sampling import NoiseSource, Sampler
 
 if TYPE_CHECKING:
     from armm.model import AutoregressiveModel
+    from armm.pruning.base import VisualPruning
+    from armm.pruning.cost import Cost
 
 
 @dataclass
 class TextOutput:
-    """ids [B, M], each row filled up with the stop token; lengths [B] without it; num_calls of the trunk."""
+    """ids [B, M], each row filled up with the stop token; lengths [B] without it; num_calls of the trunk; cost, if tokens were pruned."""
 
     ids: Tensor
     lengths: Tensor
     num_calls: int = 0
+    cost: Cost | None = None
 
     def tokens(self) -> list[list[int]]:
         """The ids of each row up to its stop token."""
@@ -31,7 +34,7 @@ class TextOutput:
 
 
 @torch.no_grad()
-def decode_text(
+def stream_text(
     model: AutoregressiveModel,
     ids: Tensor | Condition,
     *,
@@ -46,15 +49,20 @@ def decode_text(
     callback: StepCallback | None = None,
     interrupt: Callable[[], bool] | None = None,
     check_every: int = 8,
-) -> TextOutput:
-    """Continue the prefix `ids` [B, T] (text, image or both, ordinary ids of the vocabulary), or a `Condition` with embeddings
+    pruning: VisualPruning | None = None,
+    images: Sequence[tuple[int, int]] = (),
+) -> Generator[Tensor, None, TextOutput]:
+    """After each token, the ids so far [B, step + 1]; at the end a `TextOutput`.
+
+    Continue the prefix `ids` [B, T] (text, image or both, ordinary ids of the vocabulary), or a `Condition` with embeddings
     and position ids (for images that are not one embedding a token).
 
     index: flat position ids of the prefix, [T] or [B, T]; default: begin-of-image first, then the image and text after
     it. What is generated takes the positions behind the last one. mask: bool [B, T], False on padding (on the left).
     sampler: default greedy. vocabulary: (low, high), the ids that may be said. All ids here, the stop token and the
     result included, are ids of the whole vocabulary. Whether every row has stopped is looked up every `check_every`
-    tokens only.
+    tokens only. pruning: drops image tokens on the way; the prefix is then one row, and images are the (first, behind the last) of its
+    image tokens.
     """
     if isinstance(ids, Tensor) and (ids.dim() != 2 or ids.shape[1] == 0):
         raise ValueError(f"ids must be [batch, tokens] with at least one token, got shape {tuple(ids.shape)}")
@@ -70,11 +78,17 @@ def decode_text(
     if index is None:
         raise ValueError("a Condition to continue needs position ids: give its index")
     following = index[..., -1:] + torch.arange(1, max_tokens, device=device)
-    _check_room(model, index, max_tokens, grid)
+    check_room(model, index, max_tokens, grid)
     if sampler.do_sample and not isinstance(noise, NoiseSource):
         noise = NoiseSource(noise, batch, high - low, device)
 
-    stream = TokenStream(model, prefix, model.positions_for(index, grid), model.positions_for(following, grid))
+    run = None
+    if pruning is not None:
+        if batch != 1:
+            raise ValueError(f"image tokens are dropped from one prompt at a time, got {batch} rows")
+        run = pruning.begin(model, prefix, images, following.expand(1, -1), grid)
+    tables = (model.positions_for(positions, grid) for positions in (index, following))
+    stream = TokenStream(model, prefix, *tables, hook=run)
     out = torch.full((batch, max_tokens), stop_id, dtype=torch.long, device=device)
     finished = torch.zeros(batch, dtype=torch.bool, device=device)
     token = out[:, 0]
@@ -91,11 +105,22 @@ def decode_text(
             if replacement is not None:
                 out[:, : step + 1] = replacement
                 token = out[:, step]
+        yield out[:, : step + 1]
         finished = finished | (token == stop_id)
         if step % check_every == check_every - 1 and bool(finished.all()):
             break
     lengths = (out == stop_id).int().cumsum(1).eq(0).sum(1)
-    return TextOutput(out, lengths, stream.num_calls)
+    return TextOutput(out, lengths, stream.num_calls, None if run is None else run.cost())
+
+
+def decode_text(model: AutoregressiveModel, ids: Tensor | Condition, **options: Any) -> TextOutput:
+    """Continue a prefix to its end; arguments as of `stream_text`."""
+    run = stream_text(model, ids, **options)
+    while True:
+        try:
+            next(run)
+        except StopIteration as end:
+            return end.value
 
 
 def _prefix(
@@ -112,7 +137,8 @@ def _prefix(
     return Condition(model.embed(ids), padding, index.expand(ids.shape), bidirectional)
 
 
-def _check_room(model: AutoregressiveModel, index: Tensor, max_tokens: int, grid: Sequence[int] | None) -> None:
+def check_room(model: AutoregressiveModel, index: Tensor, max_tokens: int, grid: Sequence[int] | None) -> None:
+    """A ValueError unless `max_tokens` fit behind the prefix at positions `index`."""
     last, positions = int(index[..., -1].max()), len(model.layout(grid))
     if last + max_tokens > positions:
         raise ValueError(

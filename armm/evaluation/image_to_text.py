@@ -13,15 +13,25 @@ from tqdm.auto import tqdm
 from armm.data.scenes import Scenes, render
 from armm.data.scenes.language import QA, QUESTION_TYPES
 from armm.data.scenes.language import questions as scene_questions
+from armm.decoding.beam import BeamSearch
+from armm.pruning import Cost, VisualPruning
 
 from .common import check_count, figures, fresh_scenes, load_pipeline, picture_size, sample_generator
+from .explanations import explained_words
 from .metrics import share_with_error
 
 _BLOCK = 256
 
 
 def image_to_text(
-    model: Any = None, questions: int = 1000, seed: int = 0, batch_size: int = 32, progress: bool = True
+    model: Any = None,
+    questions: int = 1000,
+    seed: int = 0,
+    batch_size: int = 32,
+    progress: bool = True,
+    pruning: VisualPruning | None = None,
+    search: BeamSearch | None = None,
+    explain: str | None = None,
 ) -> dict[str, Any]:
     """Asks a model about real renders of held-out scenes, one question a picture, as many of each type.
 
@@ -31,30 +41,65 @@ def image_to_text(
         seed: of the scenes and the questions.
         batch_size: questions at once.
         progress: show a progress bar.
+        pruning: of image tokens (`TokenPruning`, `VisualTokenExit`). The same questions are then also answered without it, in the same
+            way: one at a time.
+        search: a `BeamSearch` or `OPERA` instead of greedy answers.
+        explain: also explain the answers to questions about one thing, by this method of `pipe.explain`.
 
     Returns:
         `answer_accuracy` (share of answers equal to the truth, word for word) with its standard error and
-        `answer_accuracy_by_type`.
+        `answer_accuracy_by_type`. With `pruning` a `without_pruning` of the same keys and `flops_saved`, `visual_flops_saved` (shares),
+        `seconds_saved`. With `explain` what `explained_words` returns.
     """
     check_count("questions", questions)
     check_count("batch_size", batch_size)
     pipe = load_pipeline("image-to-text", model)
     scenes, asked = fresh_questions(questions, seed)
 
-    started = time.perf_counter()
+    pictures = [PIL.Image.fromarray(image.permute(1, 2, 0).numpy()) for image in render(scenes, picture_size(pipe))]
+    shared = (pipe, pictures, asked, seed, batch_size if pruning is None else 1, progress)
+    before = pipe.acceleration
+    try:
+        if pruning is None:
+            result = _answered(*shared, search)
+        else:
+            pipe.disable_acceleration()
+            plain = _answered(*shared, search)
+            pipe.enable_acceleration(pruning)
+            result = _answered(*shared, search)
+            result |= {"without_pruning": plain, "seconds_saved": round(plain["seconds"] - result["seconds"], 1)}
+        if explain is not None:
+            result |= explained_words(pipe, scenes, asked, pictures, explain, progress)
+    finally:
+        pipe.acceleration = before
+    return figures(result | {"questions": questions, "seed": seed})
+
+
+def _answered(
+    pipe: Any,
+    pictures: list[PIL.Image.Image],
+    asked: list[QA],
+    seed: int,
+    batch_size: int,
+    progress: bool,
+    search: BeamSearch | None,
+) -> dict[str, Any]:
+    started, cost = time.perf_counter(), Cost()
     answers: list[str] = []
-    with tqdm(total=questions, desc="answering", unit="question", disable=not progress) as bar:
-        for first in range(0, questions, batch_size):
-            part = scenes[first : first + batch_size]
-            pictures = [
-                PIL.Image.fromarray(image.permute(1, 2, 0).numpy()) for image in render(part, picture_size(pipe))
-            ]
+    options = {} if search is None else {"search": search}
+    with tqdm(total=len(asked), desc="answering", unit="question", disable=not progress) as bar:
+        for first in range(0, len(asked), batch_size):
+            part = pictures[first : first + batch_size]
             generators = [sample_generator(seed, first + k) for k in range(len(part))]
             texts = [item.question for item in asked[first : first + batch_size]]
-            answers += pipe(pictures, question=texts, generator=generators).texts
+            output = pipe.ask(part, texts, generator=generators, **options)
+            answers += output.texts
+            cost += output.cost or Cost()
             bar.update(len(part))
-    seconds = time.perf_counter() - started
-    return figures(score_answers(asked, answers) | {"questions": questions, "seed": seed, "seconds": round(seconds, 1)})
+    result = score_answers(asked, answers) | {"seconds": round(time.perf_counter() - started, 1)}
+    if cost.flops:
+        result |= {"flops_saved": cost.saved, "visual_flops_saved": cost.visual_saved}
+    return result
 
 
 def fresh_questions(n: int, seed: int) -> tuple[Scenes, list[QA]]:

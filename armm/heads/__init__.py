@@ -11,14 +11,26 @@ from armm.heads.adaptive import AdaptiveHead
 from armm.heads.categorical import CategoricalHead
 from armm.heads.continuous import ContinuousHead
 from armm.heads.flow import FlowHead
+from armm.heads.mlp import MLPHead
 from armm.heads.neighboring import NeighboringHead
 from armm.heads.tied import TiedHead
 
-__all__ = ["HEADS", "AdaptiveHead", "CategoricalHead", "ContinuousHead", "FlowHead", "NeighboringHead", "TiedHead", "build_head"]
+__all__ = [
+    "HEADS",
+    "AdaptiveHead",
+    "CategoricalHead",
+    "ContinuousHead",
+    "FlowHead",
+    "MLPHead",
+    "NeighboringHead",
+    "TiedHead",
+    "build_head",
+]
 
 # name in a model's config -> class; an `AdaptiveHead` also takes a condition, so its model makes it itself
 HEADS: dict[str, Callable[..., nn.Module]] = {
     "categorical": CategoricalHead,
+    "mlp": MLPHead,
     "neighboring": NeighboringHead,
     "tied": TiedHead,
 }

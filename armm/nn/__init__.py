@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
-from armm.nn.attention import BACKENDS, attention, attention_backend, check_backend, current_backend
+from armm.nn.attention import (
+    BACKENDS,
+    attention,
+    attention_backend,
+    attention_weights,
+    check_backend,
+    current_backend,
+    record_attention,
+)
 from armm.nn.block import Attention, Block, BlockConfig
 from armm.nn.bridge import Bridge
-from armm.nn.embedders import CaptionEmbedding, LabelEmbedding, TimeEmbedding
+from armm.nn.embedders import CaptionEmbedding, LabelEmbedding, Projector, TimeEmbedding
+from armm.nn.hooks import LayerHook
 from armm.nn.linear import FusedLinear
 from armm.nn.masks import (
     additive_mask,
@@ -35,10 +44,12 @@ __all__ = [
     "FusedLinear",
     "GatedMLP",
     "LabelEmbedding",
+    "LayerHook",
     "LayerNorm",
     "Modulation",
     "PositionLayout",
     "PositionTable",
+    "Projector",
     "RMSNorm",
     "TimeEmbedding",
     "additive_mask",
@@ -47,6 +58,7 @@ __all__ = [
     "apply_rotary_interleaved",
     "attention",
     "attention_backend",
+    "attention_weights",
     "block_causal_mask",
     "build_mlp",
     "build_norm",
@@ -61,6 +73,7 @@ __all__ = [
     "modulate",
     "prefix_mask",
     "raster_coordinates",
+    "record_attention",
     "rms_norm",
     "rotary_table",
     "sincos_table",

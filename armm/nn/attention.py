@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -14,6 +15,35 @@ from torch import Tensor
 from armm.nn.masks import additive_mask, causal_mask
 
 _backend: ContextVar[str] = ContextVar("armm_attention_backend", default="sdpa")
+
+
+class AttentionRecord:
+    """What `record_attention` keeps: `record[layer]` lists the probabilities float32 [B, H, Nq, Nk] of each call of that layer."""
+
+    def __init__(self, layers: Collection[int] | None = None) -> None:
+        self.layers = None if layers is None else frozenset(layers)
+        self.calls: dict[int, list[Tensor]] = defaultdict(list)
+
+    def wants(self, layer: int | None) -> bool:
+        return layer is not None and (self.layers is None or layer in self.layers)
+
+    def __getitem__(self, layer: int) -> list[Tensor]:
+        return self.calls[layer]
+
+
+_record: ContextVar[AttentionRecord | None] = ContextVar("armm_attention_record", default=None)
+
+
+@contextmanager
+def record_attention(layers: Collection[int] | None = None) -> Iterator[AttentionRecord]:
+    """Keep the attention probabilities of every call of the trunk inside the `with` block, of some `layers` (counted from 0) or of
+    all. Attention is then computed by the reference backend, whatever a model was set to."""
+    record = AttentionRecord(layers)
+    token = _record.set(record)
+    try:
+        yield record
+    finally:
+        _record.reset(token)
 
 
 def _repeat_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -49,17 +79,29 @@ def _composed(
     return scores.softmax(-1).to(value.dtype) @ value
 
 
-def _reference(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float | None
+def attention_weights(
+    query: Tensor, key: Tensor, mask: Tensor | None = None, causal: bool = False, scale: float | None = None
 ) -> Tensor:
-    key, value = _repeat_heads(query, key, value)
+    """Attention probabilities float32 [B, H, Nq, Nk]; arguments as of `attention`."""
+    key, _ = _repeat_heads(query, key, key)
     scores = query.float() @ key.float().transpose(-1, -2)
     scores = scores * (1.0 / math.sqrt(query.shape[-1]) if scale is None else scale)
     if mask is not None:
         scores = scores + additive_mask(mask, scores.dtype)
     if causal:
         scores = scores.masked_fill(~causal_mask(scores.shape[-2], scores.shape[-1], scores.device), float("-inf"))
-    return (scores.softmax(-1) @ value.float()).to(query.dtype)
+    return scores.softmax(-1)
+
+
+def _reference(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float | None
+) -> Tensor:
+    return _weighted(attention_weights(query, key, mask, causal, scale), query, value)
+
+
+def _weighted(weights: Tensor, query: Tensor, value: Tensor) -> Tensor:
+    _, value = _repeat_heads(query, value, value)
+    return (weights @ value.float()).to(query.dtype)
 
 
 def _xformers(
@@ -103,8 +145,11 @@ def check_backend(name: str) -> str:
     return name
 
 
-def current_backend() -> str:
-    return _backend.get()
+def current_backend(chosen: str | None = None) -> str:
+    """The backend of a call: the reference while attention is recorded, else the `chosen` one, else the context's."""
+    if _record.get() is not None:
+        return "reference"
+    return chosen or _backend.get()
 
 
 @contextmanager
@@ -126,11 +171,13 @@ def attention(
     causal: bool = False,
     scale: float | None = None,
     backend: str | None = None,
+    layer: int | None = None,
 ) -> Tensor:
     """Scaled dot-product attention of `query` [B, H, Nq, d] over `key`, `value` [B, Hkv, Nk, d] -> [B, H, Nq, d].
 
     `mask` (bool, True = may look, or additive) broadcasts to [B, H, Nq, Nk]. `causal` means the queries are the last Nq
     of the keys' positions. Hkv divides H. `scale` defaults to d ** -0.5.
+    `layer`: under which number `record_attention` keeps the probabilities.
     """
     if causal:
         if query.shape[2] == 1:
@@ -141,4 +188,9 @@ def attention(
             causal = False
     if mask is not None and mask.dtype != torch.bool and mask.dtype != query.dtype:
         mask = mask.to(query.dtype)
+    record = _record.get()
+    if record is not None and layer is not None and record.wants(layer):
+        weights = attention_weights(query, key, mask, causal, scale)
+        record[layer].append(weights)
+        return _weighted(weights, query, value)
     return BACKENDS[backend or _backend.get()](query, key, value, mask, causal, scale)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from armm.cache import KVCache
 
 MAX_QUERY_SCALE = math.log(100.0)
+# observe("attention" or "mlp", normalised input [B, N, D], output [B, N, D] before it is added)
+Observer: TypeAlias = "Callable[[str, Tensor, Tensor], None]"
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,20 @@ class Attention(nn.Module):
             return (F.normalize(query.float(), dim=-1) * scale).to(query.dtype), F.normalize(key, dim=-1)
         return query, key
 
+    def project(
+        self, x: Tensor, rotary: Tensor | None, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [B, H, N, d] of `x` [B, N, D], keys and values [B, Hkv, N, d] of it or of a `context`, at their positions."""
+        batch, length = x.shape[:2]
+        source = x if context is None else context
+        query = self.to_q(x).view(batch, length, self.heads, self.head_dim)
+        key = self.to_k(source).view(batch, source.shape[1], self.kv_heads, self.head_dim)
+        value = self.to_v(source).view(batch, source.shape[1], self.kv_heads, self.head_dim)
+        query, key = self.normalize(query, key)
+        if rotary is not None:
+            query, key = apply_rotary(query, rotary), apply_rotary(key, rotary)
+        return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+
     def forward(
         self,
         x: Tensor,
@@ -101,19 +117,12 @@ class Attention(nn.Module):
         backend: str | None,
         context: Tensor | None = None,
     ) -> Tensor:
-        batch, length = x.shape[:2]
-        source = x if context is None else context
-        query = self.to_q(x).view(batch, length, self.heads, self.head_dim)
-        key = self.to_k(source).view(batch, source.shape[1], self.kv_heads, self.head_dim)
-        value = self.to_v(source).view(batch, source.shape[1], self.kv_heads, self.head_dim)
-        query, key = self.normalize(query, key)
-        if rotary is not None:
-            query, key = apply_rotary(query, rotary), apply_rotary(key, rotary)
-        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        query, key, value = self.project(x, rotary, context)
         if cache is not None:
             key, value = cache.append(layer, key, value, discard)
-        out = attention(query, key, value, mask=mask, causal=causal, scale=self.scale, backend=backend)
-        return self.to_out(out.transpose(1, 2).reshape(batch, length, -1))
+        number = layer if context is None else None  # what is recorded is attention of a sequence on itself
+        out = attention(query, key, value, mask=mask, causal=causal, scale=self.scale, backend=backend, layer=number)
+        return self.to_out(out.transpose(1, 2).reshape(*x.shape[:2], -1))
 
 
 class MergedQKNorm:
@@ -202,7 +211,7 @@ class FusedBlock:
         if backend == "sdpa" and not causal and not self.grouped:
             out = F.scaled_dot_product_attention(query, key, value, mask, scale=self.scale)
         else:
-            out = attention(query, key, value, mask=mask, causal=causal, scale=self.scale, backend=backend)
+            out = attention(query, key, value, mask=mask, causal=causal, scale=self.scale, backend=backend, layer=layer)
         out = (out if step else out.transpose(1, 2)).reshape(batch * length, -1)
         if self.norms_output:
             x = x + self.attention_norm(self.out.rows(out, step))
@@ -276,8 +285,12 @@ class Block(nn.Module):
         condition: Tensor | tuple[Tensor, Tensor] | None = None,
         segments: Tensor | None = None,
         context: Tensor | None = None,
+        observe: Observer | None = None,
     ) -> Tensor:
-        """`x` [B, N, D] -> [B, N, D]; `condition` feeds the modulation, the rest is as in `ARTransformer.forward`."""
+        """`x` [B, N, D] -> [B, N, D]; `condition` feeds the modulation, `observe` is shown what goes into and comes out of both
+        branches, the rest is as in `ARTransformer.forward`."""
+        if observe is not None:
+            return self._observed(x, rotary, mask, causal, cache, layer, discard, backend, observe)
         if self._fused is not None and not torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type):
             return self._fused(x, rotary, mask, causal, cache, layer, discard, backend)
         if self.norms_output:
@@ -294,6 +307,19 @@ class Block(nn.Module):
         x = self.cross(x + gate1 * F.dropout(branch, self.dropout, self.training), context, rotary, layer, backend)
         h = modulate(self.mlp_norm(x), shift2, scale2)
         return x + gate2 * F.dropout(self.mlp(h), self.dropout, self.training)
+
+    def _observed(self, x: Tensor, *arguments: Any) -> Tensor:
+        if self.modulation is not None or self.cross_attention is not None or self.norms_output:
+            raise ValueError("blocks with modulation, cross-attention or norms behind their branches cannot be observed")
+        *rest, observe = arguments
+        h = self.attention_norm(x)
+        branch = self.attention(h, *rest)
+        observe("attention", h, branch)
+        x = x + branch
+        h = self.mlp_norm(x)
+        branch = self.mlp(h)
+        observe("mlp", h, branch)
+        return x + branch
 
     def cross(
         self, x: Tensor, context: Tensor | None, rotary: Tensor | None, layer: int, backend: str | None

@@ -1,4 +1,4 @@
-"""Embedders of conditions: class labels and captions, each with what stands for "no condition"; and of times."""
+"""Embedders of conditions: class labels and captions, each with what stands for "no condition"; of times; projectors of features."""
 
 from __future__ import annotations
 
@@ -54,6 +54,22 @@ class CaptionEmbedding(nn.Module):
     def null(self, batch: int) -> Tensor:
         """The empty caption for `batch` rows: [batch, T, D]."""
         return self(self.null_embedding).expand(batch, -1, -1)
+
+
+class Projector(nn.Module):
+    """Features of another network [..., C] -> tokens of the trunk [..., D]: linear layers with an exact GELU between them."""
+
+    def __init__(self, in_dim: int, dim: int, depth: int = 2) -> None:
+        super().__init__()
+        if depth < 1:
+            raise ValueError(f"depth must be at least 1 (one linear layer), got {depth}")
+        self.in_dim = in_dim
+        self.layers = nn.ModuleList(nn.Linear(dim if layer else in_dim, dim) for layer in range(depth))
+
+    def forward(self, features: Tensor) -> Tensor:
+        for number, layer in enumerate(self.layers):
+            features = layer(F.gelu(features) if number else features)
+        return features
 
 
 class TimeEmbedding(nn.Module):

@@ -40,6 +40,17 @@ class PositionTable:
             tuple(rows.narrow(-2, start, size) for rows in self.bridges),
         )
 
+    def narrow(self, rows: int) -> PositionTable:
+        """The first `rows` rows of a table that has one row for each sample; others are what they are."""
+        rotary, learned = self.rotary, self.learned
+        if rotary is not None and rotary.is_complex() and rotary.dim() == 4:
+            rotary = rotary[:rows]
+        elif rotary is not None and not rotary.is_complex() and rotary.dim() == 5:
+            rotary = rotary[:, :rows]
+        if learned is not None and learned.dim() == 3:
+            learned = learned[:rows]
+        return PositionTable(rotary, learned)
+
 
 @dataclass(frozen=True)
 class PositionLayout:

@@ -68,11 +68,12 @@ class Caption:
 
 
 class QA(NamedTuple):
-    """A question with its only answer."""
+    """A question with its only answer; `object` is the number (of those present) of the one thing it asks about, if there is one."""
 
     question: str
     answer: str
     type: str
+    object: int | None = None
 
 
 # --- phrases ---------------------------------------------------------------------------------------------------------
@@ -321,7 +322,7 @@ def _attribute_questions(objects: list[dict], kind: str, rng: random.Random) -> 
     for k, entry in enumerate(objects):
         phrase = _reference(objects, k, rng, without=kind)
         if phrase is not None:
-            asked.append(QA(rng.choice(forms[kind]).format(phrase), entry[kind], kind))
+            asked.append(QA(rng.choice(forms[kind]).format(phrase), entry[kind], kind, k))
     return asked
 
 
