@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import replace_example_docstring
 
+<<<<<<< HEAD
 from tokenizers_visual.codes import Codes
+=======
+from armm.decoding.acceleration import Acceleration
+from armm.decoding.speculative import Speculative
+>>>>>>> 3cd285a (Speculative decoding: loop with roll-back, Jacobi windows, exact, grouped and relaxed verification)
 
 from .outputs import ARPipelineOutput
 from .unified import UnifiedPipeline, candidate_generators
@@ -30,6 +35,8 @@ EXAMPLE_DOC_STRING = """
 
 class UnifiedTextToImagePipeline(UnifiedPipeline):
     """Draws images from text, one token after the other, with classifier-free guidance."""
+
+    _accelerations: ClassVar[tuple[type[Acceleration], ...]] = (Speculative,)
 
     @torch.no_grad()
     @replace_example_docstring(EXAMPLE_DOC_STRING)

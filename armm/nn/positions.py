@@ -52,6 +52,28 @@ class PositionTable:
         return PositionTable(rotary, learned)
 
 
+    def take(self, index: Tensor) -> PositionTable:
+        """The positions with these numbers [R, n] in this table, row by row."""
+        rows = torch.arange(len(index), device=index.device)[:, None]
+        rotary, learned = self.rotary, self.learned
+        if rotary is not None:
+            own = rotary.dim() > (3 if rotary.is_complex() else 4)  # whether every row has positions of its own
+            picked = (rows, index) if own else (index,)
+            rotary = rotary[picked] if rotary.is_complex() else rotary[(slice(None), *picked)]
+        if learned is not None:
+            learned = learned[rows, index] if learned.dim() > 2 else learned[index]
+        return PositionTable(rotary, learned)
+
+    def rows(self, rows: Tensor | slice) -> PositionTable:
+        """Some of the rows; a table that is the same for all rows stays as it is."""
+        rotary, learned = self.rotary, self.learned
+        if rotary is not None and rotary.dim() > (3 if rotary.is_complex() else 4):
+            rotary = rotary[rows] if rotary.is_complex() else rotary[:, rows]
+        if learned is not None and learned.dim() > 2:
+            learned = learned[rows]
+        return PositionTable(rotary, learned)
+
+
 @dataclass(frozen=True)
 class PositionLayout:
     """A numbering of every position a model knows: flat id -> coordinates [P, A] and zero-rotary flags [P]."""
