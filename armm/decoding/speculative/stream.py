@@ -117,8 +117,8 @@ class Target:
         """Go on with these of the rows only."""
         both = torch.cat([rows, rows + self.batch]) if self.guided else rows
         self.stream.select(both)
-        self.cached = [self.cached[row] for row in rows.tolist()]
         self.batch = len(rows)
+        self.rewind([self.cached[row] for row in rows.tolist()])  # a row that is gone may have been the longest
 
     # Logits.
 
