@@ -8,7 +8,7 @@ from armm.decoding.speculative.acceleration import (
     RelaxedSpeculative,
     Speculative,
 )
-from armm.decoding.speculative.chance import Numbers, PlaceNoise, UniformSource
+from armm.decoding.speculative.chance import Numbers, PlaceNoise, WindowNumbers
 from armm.decoding.speculative.draft import Draft, Drafting, DraftSource, Outcome, Window
 from armm.decoding.speculative.grouped import GroupedVerifier
 from armm.decoding.speculative.jacobi import JacobiWindow
@@ -39,7 +39,7 @@ __all__ = [
     "SpeculativeDecoding",
     "SpeculativeStatistics",
     "Target",
-    "UniformSource",
+    "WindowNumbers",
     "Verifier",
     "Window",
     "speculate",

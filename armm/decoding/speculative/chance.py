@@ -26,7 +26,7 @@ class Numbers:
     residual: Tensor
 
 
-class UniformSource:
+class WindowNumbers:
     """Numbers for the rows that still run. A row's numbers depend on its own window only, so with one generator a row it is the same
     alone as in a batch.
 
@@ -63,7 +63,8 @@ class UniformSource:
         if self.recorded is not None:
             if iteration >= len(self.recorded):
                 raise ValueError(f"{len(self.recorded)} iterations were recorded, iteration {iteration} was asked for")
-            return self.recorded[iteration]
+            known, longest = self.recorded[iteration], max(lengths)
+            return Numbers(known.draft[:, :longest], known.draw[:, :longest], known.accept[:, :longest], known.residual)
         longest = max(lengths)
         parts = []
         for row, length in zip(rows, lengths, strict=True):

@@ -32,7 +32,7 @@ def dynamic_clusters(
 
     A group is taken from the `group_size` tokens around the draft in the order of their logits (half of them below), which differ
     from it by less than `p_threshold` in probability and by less than `distance_threshold` in squared distance of their `vectors`
-    [V, C]. As in the authors' code: a draft among the least likely tokens (rank below half the size) has no group; distances count only if
+    [V, C]. As in the authors' code: a draft among the least likely tokens (rank below half the size), or removed by the filters, has no group; distances count only if
     all ids of the group are at most `distance_ids`, of which the table has the first `distance_ids` rows, so id `distance_ids`
     itself voids the group.
 
@@ -49,7 +49,7 @@ def dynamic_clusters(
     stop = (rank - below + group_size).clamp(max=size)
     ids = order.gather(-1, places.clamp(max=size - 1))
     mine = p.gather(-1, tokens[..., None])
-    members = (places < stop) & ((p.gather(-1, ids) - mine).abs() < p_threshold)
+    members = (places < stop) & ((p.gather(-1, ids) - mine).abs() < p_threshold) & (mine > 0)
     if vectors is None:
         return ids, members
     largest = ids.masked_fill(~members, -1).amax(-1, keepdim=True)

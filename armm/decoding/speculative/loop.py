@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from armm.decoding.speculative.chance import PlaceNoise, UniformSource
+from armm.decoding.speculative.chance import PlaceNoise, WindowNumbers
 from armm.decoding.speculative.draft import Draft, DraftSource, Outcome, Window
 from armm.decoding.speculative.statistics import SpeculativeStatistics
 from armm.decoding.speculative.stream import Target
@@ -22,7 +22,7 @@ def speculate(
     source: DraftSource,
     verifier: Verifier,
     *,
-    uniforms: UniformSource,
+    uniforms: WindowNumbers,
     noise: PlaceNoise | None = None,
     known: Tensor | None = None,
     statistics: SpeculativeStatistics | None = None,

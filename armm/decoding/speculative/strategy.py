@@ -14,7 +14,7 @@ from armm.decoding.guidance import Guidance
 from armm.decoding.next_token import NextTokenDecoding
 from armm.decoding.orders import windows
 from armm.decoding.sampling import NoiseSource, Sampler
-from armm.decoding.speculative.chance import Numbers, PlaceNoise, UniformSource
+from armm.decoding.speculative.chance import Numbers, PlaceNoise, WindowNumbers
 from armm.decoding.speculative.draft import DraftSource
 from armm.decoding.speculative.loop import speculate
 from armm.decoding.speculative.statistics import SpeculativeStatistics
@@ -116,12 +116,12 @@ class SpeculativeDecoding:
         ids = self._image(codes, cells, model).clamp_(min=0)
         return DecodingOutput(ids, None, target.num_calls, min(finished) * cells.shape[1])
 
-    def _randomness(self, noise, target: Target, sampler: Sampler) -> tuple[UniformSource, PlaceNoise | None]:  # type: ignore[no-untyped-def]
+    def _randomness(self, noise, target: Target, sampler: Sampler) -> tuple[WindowNumbers, PlaceNoise | None]:  # type: ignore[no-untyped-def]
         batch, slots, device = target.batch, target.slots, target.device
         if not (self.verifier.wants_noise and sampler.do_sample):
             if isinstance(noise, (Tensor, NoiseSource)) and not sampler.do_sample:
                 noise = None
-            return UniformSource(noise, batch, slots, device), None
+            return WindowNumbers(noise, batch, slots, device), None
         # The noise is all the generator's; drafts, which do not change the result, have numbers of their own.
         generators = [torch.Generator().manual_seed(0) for _ in range(batch)]
         if not isinstance(noise, NoiseSource):
@@ -129,7 +129,7 @@ class SpeculativeDecoding:
                 noise = noise.flatten(2)
             width = target.model.sub_codes * target.vocabulary
             noise = NoiseSource(noise, batch, width, device)
-        return UniformSource(generators, batch, slots, device), PlaceNoise(noise, slots, target.units, target.model.window**2)
+        return WindowNumbers(generators, batch, slots, device), PlaceNoise(noise, slots, target.units, target.model.window**2)
 
     @staticmethod
     def _units(ids: Tensor, cells: Tensor) -> Tensor:
