@@ -86,4 +86,5 @@ def test_every_tensor_matters(case: Case) -> None:
         if not differs(case, model, name, verifier_of(run, model), 16):
             unmoved.append(key)
         parameter.data = kept
-    assert not unmoved, unmoved
+    # the norms of queries and keys take a scale of their projections back out
+    assert all(key.endswith(("to_q.weight", "to_k.weight")) for key in unmoved), unmoved

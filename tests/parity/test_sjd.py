@@ -91,5 +91,7 @@ def test_every_tensor_matters(case: Case) -> None:
         if not any(differs(case, model, name, Verifier(), run["max_num_new_tokens"]) for name, run in runs.items()):
             unmoved.append(key)
         parameter.data = kept
-    # What is recorded is ids, which a small change need not move; tests/parity/test_gsd.py sees probabilities of a model of this kind.
-    assert len(unmoved) <= 3, unmoved
+    # The norms of queries and keys take a scale of their projections back out. Only ids are recorded, which need not move when these
+    # norms change a little; the probabilities in GSD's runs of the same model do.
+    excused = ("to_q.weight", "to_k.weight", "query_norm.weight", "query_norm.bias", "key_norm.weight", "key_norm.bias")
+    assert all(key.endswith(excused) for key in unmoved), unmoved

@@ -10,9 +10,12 @@ from armm.decoding.speculative.acceleration import (
 )
 from armm.decoding.speculative.chance import Numbers, PlaceNoise, WindowNumbers
 from armm.decoding.speculative.draft import Draft, Drafting, DraftSource, Outcome, Window
+from armm.decoding.speculative.draft_model import DraftModel
 from armm.decoding.speculative.grouped import GroupedVerifier
 from armm.decoding.speculative.jacobi import JacobiWindow
 from armm.decoding.speculative.loop import speculate
+from armm.decoding.speculative.medusa import MedusaDrafts, MedusaHeads, TypicalVerifier
+from armm.decoding.speculative.recycling import TokenRecycling
 from armm.decoding.speculative.relaxed import RelaxedVerifier
 from armm.decoding.speculative.statistics import SpeculativeStatistics
 from armm.decoding.speculative.strategy import SpeculativeDecoding
@@ -22,6 +25,7 @@ from armm.decoding.speculative.verify import MatchVerifier, Verifier
 
 __all__ = [
     "Draft",
+    "DraftModel",
     "DraftSource",
     "DraftTree",
     "Drafting",
@@ -30,6 +34,8 @@ __all__ = [
     "JacobiSpeculative",
     "JacobiWindow",
     "MatchVerifier",
+    "MedusaDrafts",
+    "MedusaHeads",
     "Numbers",
     "Outcome",
     "PlaceNoise",
@@ -39,6 +45,8 @@ __all__ = [
     "SpeculativeDecoding",
     "SpeculativeStatistics",
     "Target",
+    "TokenRecycling",
+    "TypicalVerifier",
     "WindowNumbers",
     "Verifier",
     "Window",

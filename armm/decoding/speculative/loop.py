@@ -121,7 +121,7 @@ def speculate(
 def _next_draft(source, drafting, uniforms, codes, rows, done, lengths, iteration, known, target):  # type: ignore[no-untyped-def]
     """The drafts of the next window (None for a window of one token) and the randomness of the iteration."""
     tree = source.tree if max(lengths) > 1 else None
-    sizes = lengths if tree is None else [len(tree)] * len(rows)
+    sizes = lengths if tree is None else [len(tree) if length > 1 else 1 for length in lengths]
     numbers = uniforms.draw(iteration, rows, sizes)
     if max(lengths) == 1:
         return None, numbers

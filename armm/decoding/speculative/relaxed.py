@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -115,3 +116,70 @@ def relaxed_residual(p: Tensor, q: Tensor | None, tokens: Tensor, nearest: Tenso
     if q is None:
         return p.scatter(-1, tokens[..., None], 0.0).masked_fill(struck, 0.0)
     return (p - q.masked_fill(struck, 0.0)).clamp(min=0)
+
+
+def relaxed_posterior(
+    verifier: RelaxedVerifier,
+    candidates: Tensor,
+    nodes: Tensor,
+    logits: Tensor,
+    nearest: Callable[[Tensor], Tensor],
+    uniforms: Sequence[float],
+    drafted: Callable[[int, int], tuple[float, Tensor]] | None = None,
+) -> tuple[int, int, Tensor]:
+    """LANTERN's walk through a tree of drafts, with its two kinds of draft.
+
+    Args:
+        candidates, nodes: int64 [leaves, depth + 1], tokens and nodes of the paths to the leaves, -1 behind their ends.
+        logits: [n, V], filtered, of every node. nearest: tokens [...] -> nearest codes [..., k + 1].
+        uniforms: numbers, one for each test in order.
+        drafted: (leaf, level) -> probability of drawing that token after its earlier siblings, and the distribution of its parent
+            without them. None: drafts without chance.
+
+    Returns:
+        a leaf on the path taken, how many drafts were taken, weights [V] of the next token.
+    """
+    depth, numbers = candidates.shape[1] - 1, iter(uniforms)
+    leaf, accepted, rejected = 0, 0, False
+    p = logits[nodes[0, 0]].softmax(-1)
+    for level in range(1, depth + 1):
+        shared = (candidates[:, :level] == candidates[leaf, :level]).all(1).nonzero()[:, 0].tolist()
+        p, rejected, tried = logits[nodes[shared[0], level - 1]].softmax(-1), False, set()
+        for other in shared:
+            token = candidates[other, level]
+            if int(token) == -1 or int(token) in tried:
+                continue
+            tried.add(int(token))
+            number, close = next(numbers), nearest(token)
+            more, widened = torch.zeros(()), torch.zeros((), dtype=torch.bool)
+            if verifier.delta > 0:
+                more, widened = borrowed(p, token, close[: verifier.neighbours], verifier.delta, verifier.bound)
+            chance, q = (1.0, None) if drafted is None else drafted(other, level)
+            if chance <= 0:
+                continue
+            if number <= float(p[token] + more) / chance:
+                leaf, accepted, rejected = other, level, False
+                break
+            rejected = True
+            p = relaxed_residual(p, q, token, close, widened)
+            p = torch.ones_like(p) if float(p.sum()) == 0 else p
+            p = p / p.sum()
+        if accepted < level:
+            break
+    if rejected and accepted < depth:
+        return leaf, accepted, p
+    return leaf, accepted, logits[nodes[leaf, accepted]].softmax(-1)
+
+
+def relaxed_greedy_posterior(
+    verifier: RelaxedVerifier, candidates: Tensor, nodes: Tensor, logits: Tensor, nearest: Callable[[Tensor], Tensor]
+) -> tuple[int, int]:
+    """LANTERN's walk without sampling: the leaf with the longest path whose tokens are the likeliest once they have borrowed, and its length."""
+    tokens = candidates[:, 1:].clamp(min=0)
+    p = logits[nodes[:, :-1].clamp(min=0)].softmax(-1)
+    if verifier.delta > 0:
+        more, _ = borrowed(p, tokens, nearest(tokens)[..., : verifier.neighbours], verifier.delta, verifier.bound)
+        p = p.scatter_add(-1, tokens[..., None], more[..., None])
+    taken = (p.argmax(-1) == tokens) & (candidates[:, 1:] >= 0)
+    lengths = taken.long().cumprod(1).sum(1)
+    return int(lengths.argmax()), int(lengths.max())

@@ -205,7 +205,8 @@ class Verifier:
         elif not evidence.do_sample:
             following = left.argmax(-1)
         else:
-            following = inverse_draw(left, evidence.numbers.residual[:, 0])
+            number = torch.where(lengths > 1, evidence.numbers.residual[:, 0], evidence.numbers.draw[:, 0, 0])
+            following = inverse_draw(left, number)
         if evidence.forced is not None:
             forced = evidence.forced[rows, node, 0]
             following = torch.where(forced >= 0, forced, following)
