@@ -271,6 +271,7 @@ class ARTransformer(ModelMixin, ConfigMixin):
         context: Tensor | None = None,
         discard: int = 0,
         hook: LayerHook | None = None,
+        repeated: bool = False,
     ) -> Tensor | tuple[Tensor, dict[int, Tensor]]:
         """`embeds` [B, N, D] -> hidden [B, N, D], normalised; with taps (hidden, {tap: hidden}).
 
@@ -280,7 +281,8 @@ class ARTransformer(ModelMixin, ConfigMixin):
         are seen by this call but not kept in the cache. modulation: condition [B, C] or [B, N, C], or [B, S, C] with
         segments [N], which says for each token the row that it follows; with "branches" a pair of conditions, with "tasks" the
         task of each row, int64 [B] or [1]. context: [B, N, context_dim], standing at the positions of the tokens. hook: looks in between
-        the blocks, and may shorten the sequence there.
+        the blocks, and may shorten the sequence there. repeated: calls of this very shape come again and again, so fused weights
+        may be packed for it (single tokens always count as such).
         """
         length = embeds.shape[1]
         x, rotary = embeds, None
@@ -323,7 +325,7 @@ class ARTransformer(ModelMixin, ConfigMixin):
                 x = block(*arguments, hook.observer(layer))
                 x, rotary, mask, causal = hook.after(layer, x, rotary, mask, causal)
             else:
-                x = self._gradient_checkpointing_func(block, *arguments) if checkpointing else block(*arguments)
+                x = self._gradient_checkpointing_func(block, *arguments, None, repeated) if checkpointing else block(*arguments, None, repeated)
         if self.norm is not None:
             x = self.norm(x)
         return (x, tapped) if self.taps else x

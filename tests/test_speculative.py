@@ -153,7 +153,8 @@ SAMPLERS = [Sampler(), Sampler(temperature=0.7), Sampler(top_k=3), Sampler(top_p
 def test_the_distribution_is_that_of_plain_sampling(name: str, sampler: Sampler) -> None:
     runs, guidance = 4000, Guidance(1.5)
     expected = TINY.probabilities(sampler, guidance) * runs
-    for verifier in (Verifier(), GroupedVerifier(p_threshold=0.0), RelaxedVerifier(delta=0.0, table="embedding")):
+    verifiers = [Verifier(), GroupedVerifier(p_threshold=0.0), RelaxedVerifier(delta=0.0, table="embedding")]
+    for verifier in verifiers if sampler == SAMPLERS[0] else verifiers[:1]:
         counts = TINY.counts(TINY_SOURCES[name], verifier, sampler, guidance, runs)
         assert int(counts[expected == 0].sum()) == 0
         frequent = expected >= 5
@@ -165,8 +166,6 @@ def test_the_distribution_is_that_of_plain_sampling(name: str, sampler: Sampler)
         freedom = int(frequent.sum())
         # 5 standard deviations of a chi-square variable
         assert statistic < freedom + 5 * (2 * freedom) ** 0.5, (name, statistic, freedom)
-        if type(verifier) is Verifier and sampler != SAMPLERS[0]:
-            break  # the loosened ones share all but one number with it: one sampler is enough
 
 
 def test_loosened_verification_is_not_exact() -> None:
@@ -195,14 +194,12 @@ def test_finished_rows_leave_the_batch() -> None:
     sizes = []
     trunk = PIPE.transformer.trunk
     handle = trunk.register_forward_hook(lambda module, args, output: sizes.append(len(args[0])))
-    acceleration = armm.Speculative(DraftModel(PIPE.transformer, 5), Verifier())
     try:
         PIPE.enable_acceleration(armm.RelaxedSpeculative(6, delta=0.4))
         PIPE(class_labels=LABELS, output_type="latent", generator=generators(3), guidance_scale=1.0)
     finally:
         handle.remove()
     assert sizes[0] == 3 and sizes == sorted(sizes, reverse=True) and sizes[-1] < 3
-    assert acceleration.statistics is None
 
 
 def test_a_perfect_drafter_needs_few_calls() -> None:
@@ -343,7 +340,7 @@ def test_what_cannot_be_accelerated() -> None:
 def test_a_continuous_pipeline_says_what_it_supports() -> None:
     pipe = armm.VARPipeline
     assert not issubclass(pipe, armm.LlamaGenPipeline) and armm.Speculative not in pipe._accelerations
-    from tiny_var import class_pipeline as var_pipeline
+    from tiny_var import tiny_pipeline as var_pipeline
 
     with pytest.raises(ValueError, match="cannot be accelerated with JacobiSpeculative"):
         var_pipeline().enable_acceleration(armm.JacobiSpeculative())

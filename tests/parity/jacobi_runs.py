@@ -52,11 +52,12 @@ class LuminaFilters:
         out = torch.full_like(logits, float("-inf"))
         out[..., low : high + 1] = logits[..., low : high + 1]
         out = top_k_filter(out, self.run["image_top_k"])
-        for (row, place), unit in zip(torch.cartesian_prod(*map(torch.arange, units.shape)).tolist(), units.flatten().tolist(), strict=True):
-            token = self.forced(unit)
-            if token is not None:
-                out[row, place] = float("-inf")
-                out[row, place, :, token] = 0.0
+        for row, numbers in enumerate(units.tolist()):
+            for place, unit in enumerate(numbers):
+                token = self.forced(unit)
+                if token is not None:
+                    out[row, place] = float("-inf")
+                    out[row, place, :, token] = 0.0
         return out
 
 

@@ -44,7 +44,9 @@ class WindowNumbers:
         self.generators: list[torch.Generator | None] = [None] * batch
         self.recorded: list[Numbers] | None = None
         if isinstance(source, Tensor):
-            raise ValueError("recorded noise belongs to plain sampling; speculation takes it with the rule 'match' only")
+            raise ValueError(
+                "recorded noise belongs to plain sampling; speculation takes it with the rule 'match' only"
+            )
         if isinstance(source, torch.Generator):
             self.generators = [source] * batch
         elif source is not None:
@@ -66,6 +68,13 @@ class WindowNumbers:
             known, longest = self.recorded[iteration], max(lengths)
             return Numbers(known.draft[:, :longest], known.draw[:, :longest], known.accept[:, :longest], known.residual)
         longest = max(lengths)
+        if len({id(self.generators[row]) for row in rows}) == 1 and len(rows) > 1:
+            generator = self.generators[rows[0]]  # one for all: rows depend on each other anyway
+            device = self.device if generator is None else generator.device
+            shape = (len(rows), 3 * longest + 1, self.slots)
+            numbers = torch.rand(shape, dtype=torch.float64, device=device, generator=generator).to(self.device)
+            blocks = numbers[:, :-1].view(len(rows), 3, longest, self.slots)
+            return Numbers(blocks[:, 0], blocks[:, 1], blocks[:, 2], numbers[:, -1])
         parts = []
         for row, length in zip(rows, lengths, strict=True):
             generator = self.generators[row]

@@ -11,9 +11,9 @@ from torch import Tensor
 from armm.decoding.speculative.tree import DraftTree
 
 if TYPE_CHECKING:
-    from armm.model import AutoregressiveModel
     from armm.decoding.speculative.chance import Numbers
     from armm.decoding.speculative.stream import Target
+    from armm.model import AutoregressiveModel
 
 
 @dataclass

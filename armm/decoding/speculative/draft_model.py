@@ -37,7 +37,9 @@ class DraftModel(DraftSource):
         facts = ("vocab_size", "window", "sub_codes", "prefix_slots", "condition_type")
         differing = [name for name in facts if getattr(self.model, name) != getattr(model, name)]
         if differing:
-            told = ", ".join(f"{name} {getattr(self.model, name)!r} instead of {getattr(model, name)!r}" for name in differing)
+            told = ", ".join(
+                f"{name} {getattr(self.model, name)!r} instead of {getattr(model, name)!r}" for name in differing
+            )
             raise ValueError(f"this draft model does not fit the model it is to draft for: it has {told}")
 
     def start(self, target: Target) -> Drafting:
@@ -52,7 +54,11 @@ class _ModelDrafting(Drafting):
         null = None
         if target.guided:
             like = target.null_condition
-            null = model.null_condition(condition.batch, condition) if model.condition_type else same_condition(model, like)  # type: ignore
+            null = (
+                model.null_condition(condition.batch, condition)
+                if model.condition_type
+                else same_condition(model, like)
+            )  # type: ignore
         self.target = Target(
             model, condition, null, target.grid,
             guidance=target.guidance, low=target.low, high=target.high, sampler=target.sampler, spare=source.window + 1,

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from armm.model import AutoregressiveModel
 
 
-
 def dynamic_clusters(
     logits: Tensor,
     p: Tensor,
@@ -32,9 +31,9 @@ def dynamic_clusters(
 
     A group is taken from the `group_size` tokens around the draft in the order of their logits (half of them below), which differ
     from it by less than `p_threshold` in probability and by less than `distance_threshold` in squared distance of their `vectors`
-    [V, C]. As in the authors' code: a draft among the least likely tokens (rank below half the size), or removed by the filters, has no group; distances count only if
-    all ids of the group are at most `distance_ids`, of which the table has the first `distance_ids` rows, so id `distance_ids`
-    itself voids the group.
+    [V, C]. As in the authors' code: a draft among the least likely tokens (rank below half the size), or removed by the filters,
+    has no group; distances count only if all ids of the group are at most `distance_ids`, of which the table has the first
+    `distance_ids` rows, so id `distance_ids` itself voids the group.
 
     Returns:
         ids int64 [..., G] and bool [..., G], which of them are members. A group without members: the draft stands for itself.

@@ -86,7 +86,9 @@ class _Jacobi(Drafting):
     def observe(self, outcome: Outcome) -> None:
         self.left = [length - kept for length, kept in zip(outcome.lengths, outcome.kept, strict=True)]
         places = torch.tensor(outcome.kept, device=outcome.draws.device)[:, None]
-        places = (places + torch.arange(max(max(self.left), 1), device=places.device)).clamp(max=outcome.draws.shape[1] - 1)
+        places = (places + torch.arange(max(max(self.left), 1), device=places.device)).clamp(
+            max=outcome.draws.shape[1] - 1
+        )
         rows = torch.arange(len(places), device=places.device)[:, None]
         self.tokens, self.q = outcome.draws[rows, places], outcome.probabilities[rows, places]
         if self.source.init == "likeliest_left":

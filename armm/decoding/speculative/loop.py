@@ -128,7 +128,9 @@ def _next_draft(source, drafting, uniforms, codes, rows, done, lengths, iteratio
     current = codes if len(rows) == len(codes) else codes[torch.tensor(rows, device=codes.device)]
     draft = drafting.propose(Window(current, done, lengths, numbers))
     if known is not None:
-        given = _known_at(known, rows, target.unit_numbers(done, len(draft.tree) if draft.tree else max(lengths), draft.tree))
+        given = _known_at(
+            known, rows, target.unit_numbers(done, len(draft.tree) if draft.tree else max(lengths), draft.tree)
+        )
         # drafts stand one unit after the token they follow
         if draft.tree is None:
             given = given[:, :-1]

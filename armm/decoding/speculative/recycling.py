@@ -65,7 +65,9 @@ class TokenRecycling(DraftSource):
         if not isinstance(self.candidates, int) or self.candidates < 1:
             raise ValueError(f"candidates must be an integer >= 1, got {self.candidates!r}")
         if self.tree is not None and max(self.tree.ranks, default=0) >= self.candidates:
-            raise ValueError(f"the tree asks for candidate {max(self.tree.ranks)} of {self.candidates}; give more candidates")
+            raise ValueError(
+                f"the tree asks for candidate {max(self.tree.ranks)} of {self.candidates}; give more candidates"
+            )
         if self.tree is not None and sorted(self.tree.depths) != self.tree.depths:
             raise ValueError("the nodes of the tree must be in the order of their depth")
 
@@ -105,6 +107,8 @@ class _Recycling(Drafting):
     def propose(self, window: Window) -> Draft:
         tree = self.source.tree
         rows = torch.arange(len(window.done), device=window.codes.device)
-        last = window.codes[rows, torch.tensor(window.done, device=rows.device) - 1, 0].clamp(0, self.adjacency.shape[1] - 1)
+        last = window.codes[rows, torch.tensor(window.done, device=rows.device) - 1, 0].clamp(
+            0, self.adjacency.shape[1] - 1
+        )
         shape = DraftTree.chain(window.length - 1) if tree is None else tree
         return Draft(recycled_tokens(self.adjacency, last, shape)[:, 1:, None], None, tree)

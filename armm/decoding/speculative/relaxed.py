@@ -20,7 +20,7 @@ BOUNDS = ("absolute", "relative")
 
 
 def nearest_codes(vectors: Tensor, tokens: Tensor, count: int) -> Tensor:
-    """The `count` nearest codes of `tokens` [...] by distance between `vectors` [V, C], nearest first, themselves left out: [..., count]."""
+    """The `count` nearest codes of `tokens` [...] by distance between `vectors` [V, C]: [..., count], nearest first, without themselves."""
     chosen = vectors[tokens.reshape(-1)]
     distance = torch.cdist(chosen, vectors, compute_mode="donot_use_mm_for_euclid_dist")
     distance.scatter_(1, tokens.reshape(-1, 1), float("inf"))
@@ -28,7 +28,9 @@ def nearest_codes(vectors: Tensor, tokens: Tensor, count: int) -> Tensor:
     return nearest.view(*tokens.shape, -1)
 
 
-def borrowed(p: Tensor, tokens: Tensor, nearest: Tensor, delta: float, bound: str = "absolute") -> tuple[Tensor, Tensor]:
+def borrowed(
+    p: Tensor, tokens: Tensor, nearest: Tensor, delta: float, bound: str = "absolute"
+) -> tuple[Tensor, Tensor]:
     """What `tokens` [...] may borrow in p [..., V] from their `nearest` codes [..., k]: as much as the first few of them have
     together without exceeding the bound, which is `delta` (then the total variation to p is at most delta) or `delta` * p(x).
 
@@ -174,7 +176,8 @@ def relaxed_posterior(
 def relaxed_greedy_posterior(
     verifier: RelaxedVerifier, candidates: Tensor, nodes: Tensor, logits: Tensor, nearest: Callable[[Tensor], Tensor]
 ) -> tuple[int, int]:
-    """LANTERN's walk without sampling: the leaf with the longest path whose tokens are the likeliest once they have borrowed, and its length."""
+    """LANTERN's walk without sampling: the leaf with the longest path of tokens that are the likeliest once they have borrowed, and
+    its length."""
     tokens = candidates[:, 1:].clamp(min=0)
     p = logits[nodes[:, :-1].clamp(min=0)].softmax(-1)
     if verifier.delta > 0:

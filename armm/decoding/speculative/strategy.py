@@ -85,7 +85,7 @@ class SpeculativeDecoding:
         spare = max(self.source.window, len(self.source.tree) if self.source.tree is not None else 0)
         target = Target(
             model, condition, null_condition, grid,
-            guidance=guidance, low=low, high=high, sampler=sampler, spare=spare,
+            guidance=guidance, low=low, high=high, sampler=sampler, spare=spare, width=self.source.window,
         )  # fmt: skip
         batch, device, sizes = condition.batch, target.device, target.grid
         cells = (windows(sizes, model.window) if model.window > 1 else torch.arange(_count(sizes))[:, None]).to(device)
@@ -129,7 +129,9 @@ class SpeculativeDecoding:
                 noise = noise.flatten(2)
             width = target.model.sub_codes * target.vocabulary
             noise = NoiseSource(noise, batch, width, device)
-        return WindowNumbers(generators, batch, slots, device), PlaceNoise(noise, slots, target.units, target.model.window**2)
+        return WindowNumbers(generators, batch, slots, device), PlaceNoise(
+            noise, slots, target.units, target.model.window**2
+        )
 
     @staticmethod
     def _units(ids: Tensor, cells: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from armm.decoding.base import TokenStream, check_guided, prefix_index
 from armm.decoding.guidance import Guidance
 from armm.decoding.sampling import Sampler
 from armm.decoding.speculative.tree import DraftTree
+from armm.nn.linear import PACKED_ROWS
 
 if TYPE_CHECKING:
     from armm.model import AutoregressiveModel
@@ -29,7 +30,7 @@ class Target:
         grid: of the image in tokens.
         low, high: the codes' ids in the vocabulary. Everything here counts ids from `low`.
         sampler: its filters make the distributions; with do_sample=False logits stay as they are.
-        spare: places of the cache for windows.
+        spare: places of the cache for windows. width: tokens that most windows have.
         filters: replaces the sampler's: (guided logits [B, L, S, V], numbers of the units they are for [B, L]) -> logits.
         index: flat position ids of the units [U] or [R, U], where they are not those of the model's image.
         random_range: the codes that random drafts are taken from, default all.
@@ -47,11 +48,12 @@ class Target:
         high: int | None = None,
         sampler: Sampler | None = None,
         spare: int = 16,
+        width: int = 1,
         filters: Callable[[Tensor, Tensor], Tensor] | None = None,
         index: Tensor | None = None,
         random_range: tuple[int, int] | None = None,
     ) -> None:
-        self.model, self.guidance, self.filters = model, guidance, filters
+        self.model, self.guidance, self.filters, self.width = model, guidance, filters, width
         self.sampler = sampler or Sampler()
         self.low, self.high = low, model.vocab_size if high is None else high
         self.vocabulary = self.high - self.low
@@ -87,11 +89,16 @@ class Target:
 
         tree: how they follow each other, default one after the other.
         """
+        count, copies = codes.shape[1], 2 if self.guided else 1
+        # On a CPU the weights are packed for a number of tokens: a window that is a little short is filled up to it.
+        repeated = tree is None and self.width * copies * self.batch in PACKED_ROWS and count <= self.width
+        if repeated and 1 < count < self.width and self.device.type == "cpu":
+            codes = torch.cat([codes, codes[:, -1:].expand(-1, self.width - count, -1)], dim=1)
         embeds = self.embed(codes)
         if self.guided:
             embeds = torch.cat([embeds, embeds])
-        copies = 2 if self.guided else 1
-        self.hidden = self.stream.feed_window(embeds, self.cached * copies, tree)
+        hidden = self.stream.feed_window(embeds, self.cached * copies, tree, repeated and codes.shape[1] == self.width)
+        self.hidden = hidden[:, :count]
         return self._logits(self.hidden, [cached + 1 for cached in self.cached], tree)
 
     def embed(self, codes: Tensor) -> Tensor:
@@ -131,6 +138,9 @@ class Target:
             return model.logits(hidden)
         if hidden.shape[1] == 1:
             return model.logits(hidden[:, 0], low=self.low, high=self.high)[:, None, None]
+        if self.width > 1 and hidden.shape[1] == self.width:
+            flat = model.logits(hidden.flatten(0, 1), low=self.low, high=self.high)
+            return flat.view(*hidden.shape[:2], 1, -1)
         return model.logits(hidden, low=self.low, high=self.high)[:, :, None]
 
     def guide(self, logits: Tensor, units: Tensor) -> Tensor:
@@ -172,7 +182,9 @@ class WindowStream(TokenStream):
         self.real = prefix.mask if prefix.mask is not None and not bool(prefix.mask.all()) else None
         self.start = self.length  # where the last window was written
 
-    def feed_window(self, embeds: Tensor, cached: Sequence[int], tree: DraftTree | None = None) -> Tensor:
+    def feed_window(
+        self, embeds: Tensor, cached: Sequence[int], tree: DraftTree | None = None, repeated: bool = False
+    ) -> Tensor:
         """Embeddings [R, L, D] behind the first cached[r] tokens after the prefix of every row: hidden states [R, L, D]."""
         count = embeds.shape[1]
         self.start = self.cache.length
@@ -185,8 +197,11 @@ class WindowStream(TokenStream):
             places = (torch.tensor(list(cached))[:, None] + depths).clamp(max=last)
             positions = self.following.take(places.to(embeds.device))
         if level and tree is None and self.real is None:
-            return self._run(embeds, positions, None, count > 1)[-1]
-        return self._run(embeds, positions, self._mask(cached, count, tree, embeds.device), False)[-1]
+            mask, causal = None, count > 1
+        else:
+            mask, causal = self._mask(cached, count, tree, embeds.device), False
+        self.num_calls += 1
+        return self.trunk(embeds, positions=positions, mask=mask, causal=causal, cache=self.cache, repeated=repeated)
 
     def _mask(self, cached: Sequence[int], count: int, tree: DraftTree | None, device: torch.device) -> Tensor:
         """bool [R, 1, L, keys]: the real part of the prefix, the row's own tokens, and in the window what comes before."""
@@ -197,7 +212,9 @@ class WindowStream(TokenStream):
             before[:, : self.length] &= self.real
         own = torch.ones(count, count, dtype=torch.bool).tril() if tree is None else tree.mask()
         shape = (len(cached), count)
-        return torch.cat([before[:, None].expand(*shape, -1), own.to(device).expand(len(cached), -1, -1)], dim=2)[:, None]
+        return torch.cat([before[:, None].expand(*shape, -1), own.to(device).expand(len(cached), -1, -1)], dim=2)[
+            :, None
+        ]
 
     def keep(self, cached: Sequence[int], kept: Sequence[int], path: Tensor | None = None) -> None:
         """Of the window fed last, keep the first kept[r] places of path [R, K] behind the first cached[r] tokens of every row."""

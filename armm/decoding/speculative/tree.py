@@ -42,7 +42,9 @@ class DraftTree:
         places = {(): 0}
         for path in ordered:
             if not path or path in places or path[:-1] not in places:
-                raise ValueError(f"the path {list(path)} is empty, repeated, or its beginning {list(path[:-1])} is missing")
+                raise ValueError(
+                    f"the path {list(path)} is empty, repeated, or its beginning {list(path[:-1])} is missing"
+                )
             places[path] = len(places)
         return cls([places[path[:-1]] for path in ordered], [path[-1] for path in ordered])
 

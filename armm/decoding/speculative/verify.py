@@ -14,8 +14,8 @@ from armm.decoding.speculative.draft import Draft
 from armm.decoding.speculative.tree import DraftTree
 
 if TYPE_CHECKING:
-    from armm.model import AutoregressiveModel
     from armm.decoding.speculative.stream import Target
+    from armm.model import AutoregressiveModel
 
 
 @dataclass
