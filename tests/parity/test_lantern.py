@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from harness import Case, Check, parity_root
+from harness import Case, Check, all_problems, first_problem, parity_root
 
 from armm.decoding.sampling import Sampler
 from armm.decoding.speculative import DraftTree, RelaxedVerifier
+from armm.decoding.speculative.drafter import FeatureDrafter, convert_drafter, grow_tree
 from armm.decoding.speculative.relaxed import nearest_codes, relaxed_greedy_posterior, relaxed_posterior
 
 
@@ -127,3 +129,58 @@ def leaves_in_order(tree: DraftTree, tokens: torch.Tensor, candidates: torch.Ten
     gathered = torch.where(paths >= 0, tokens[paths.clamp(min=0)], -1)
     assert torch.equal(gathered, candidates)
     return paths
+
+
+def drafter_checks(case: Case, drafter: FeatureDrafter) -> Iterator[Check]:
+    io, config = case.io, case.config
+    head = io["lm_head.weight"]
+    cache = drafter.trunk.allocate_cache(2, 1024)
+
+    def guided(logits: torch.Tensor) -> torch.Tensor:
+        conditional, null = logits.chunk(2)
+        return null + config["cfg_scale"] * (conditional - null)
+
+    for step in sorted({key.split(".")[0] for key in io if key.startswith("step")}):
+        hidden, ids = io[f"{step}.hidden_states"], io[f"{step}.input_ids"]
+        tokens = ids[:, 1:][:, cache.length :]
+        if f"{step}.out_hidden" in io:
+            table = drafter.positions()
+            out = drafter(tokens, hidden, table[cache.length : cache.length + tokens.shape[1]], cache, discard=tokens.shape[1])
+            yield Check(f"{step}.out_hidden", out, io[f"{step}.out_hidden"])
+        grown = grow_tree(
+            drafter, lambda states: states @ head.T, tokens, hidden, cache,
+            top_k=config["top_k"], depth=config["depth"], nodes=config["total_tokens"] - 1, combine=guided,
+        )  # fmt: skip
+        yield Check(f"{step}.draft_tokens", grown.tokens[None], io[f"{step}.draft_tokens"])
+        yield Check(f"{step}.tree_mask", grown.tree.mask().float()[None, None], io[f"{step}.tree_mask"])
+        yield Check(f"{step}.tree_position_ids", torch.tensor(grown.tree.depths), io[f"{step}.tree_position_ids"])
+        leaves = [grown.tree.path(node) for node in range(1, len(grown.tree)) if not grown.tree.children[node]]
+        yield Check(f"{step}.retrieve_indices", padded(leaves), io[f"{step}.retrieve_indices"])
+
+
+def drafter_of(case: Case) -> FeatureDrafter:
+    state = torch.load(case.path / "pytorch_model.bin", weights_only=True)
+    return convert_drafter(state, case.config["drafter_config"] | {"rms_norm_eps": case.config["rms_norm_eps"]})
+
+
+@pytest.mark.parametrize("case", found("out_hidden"))
+def test_drafter(case: Case) -> None:
+    problems = all_problems(drafter_checks(case, drafter_of(case)))
+    assert not problems, problems
+
+
+@pytest.mark.parametrize("case", found("out_hidden"))
+def test_every_tensor_of_the_drafter_matters(case: Case) -> None:
+    drafter = drafter_of(case)
+    for name, parameter in drafter.named_parameters():
+        kept = parameter.data.clone()
+        parameter.data.mul_(1.05)
+        assert first_problem(drafter_checks(case, drafter)) is not None, name
+        parameter.data = kept
+
+
+def test_a_wrong_drafter_is_refused() -> None:
+    for case in (parameter.values[0] for parameter in found("out_hidden")):
+        state = torch.load(case.path / "pytorch_model.bin", weights_only=True)
+        with pytest.raises(ValueError, match="unknown tensors"):
+            convert_drafter({**state, "extra.weight": torch.zeros(1)}, case.config["drafter_config"])
