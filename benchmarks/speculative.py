@@ -42,7 +42,9 @@ def accelerations(window: int, sweep: bool) -> dict[str, Speculative | None]:
     }
     groups, deltas = (GROUPS, DELTAS) if sweep else (GROUPS[2:3], DELTAS[1:2])
     for size in groups:
-        grouped = armm.GroupedSpeculative(window, size, p_threshold=0.5, distance_threshold=float("inf"), init="repeat_left")
+        grouped = armm.GroupedSpeculative(
+            window, size, p_threshold=0.5, distance_threshold=float("inf"), init="repeat_left"
+        )
         found[f"GSD, groups of {size}"] = grouped
     for delta in deltas:
         found[f"LANTERN, delta {delta:g}"] = armm.RelaxedSpeculative(window, delta, init="repeat_left")
@@ -82,7 +84,9 @@ def timed(pipe: Any, request: dict[str, Any], batch: int, repeats: int) -> tuple
             counted = 0
             generators = [torch.Generator().manual_seed(1000 * run + row) for row in range(batch)]
             start = time.perf_counter()
-            pipe(**{name: [value] * batch for name, value in request.items()}, generator=generators, output_type="latent")
+            pipe(
+                **{name: [value] * batch for name, value in request.items()}, generator=generators, output_type="latent"
+            )
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - start)
@@ -106,7 +110,12 @@ def measure(pipe: Any, request: dict[str, Any], options: argparse.Namespace, gra
             row |= acceleration.statistics.summary()
         if graded and options.prompts:
             scores = text_to_image(pipe, prompts=options.prompts, seed=options.seed, progress=False)
-            kept = ("prompt_accuracy", "prompt_accuracy_standard_error", "frechet_distance", "frechet_distance_of_renders")
+            kept = (
+                "prompt_accuracy",
+                "prompt_accuracy_standard_error",
+                "frechet_distance",
+                "frechet_distance_of_renders",
+            )
             row |= {key: scores[key] for key in kept}
             if acceleration is not None:
                 if options.maps is not None:
@@ -198,7 +207,12 @@ def main() -> None:
     if options.plot is not None and "scenes" in results:
         plot(results["scenes"], options.batches[0], options.plot)
     if options.json is not None:
-        record = {"window": options.window, "prompts": options.prompts, "threads": torch.get_num_threads(), "models": results}
+        record = {
+            "window": options.window,
+            "prompts": options.prompts,
+            "threads": torch.get_num_threads(),
+            "models": results,
+        }
         handle, temporary = tempfile.mkstemp(dir=options.json.resolve().parent, suffix=".partial")
         with os.fdopen(handle, "w") as file:
             json.dump(record, file, indent=1)

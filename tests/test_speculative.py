@@ -173,7 +173,8 @@ def test_loosened_verification_is_not_exact() -> None:
     expected = TINY.probabilities(SAMPLERS[0], Guidance(1.5)) * 4000
     for verifier in (RelaxedVerifier(delta=0.5, table="embedding"), TypicalVerifier()):
         counts = TINY.counts(JacobiWindow(3), verifier, SAMPLERS[0], Guidance(1.5), 4000)
-        assert float(((counts - expected) ** 2 / expected).sum()) > 200
+        # 63 are expected, and the exact ones stay below 63 + 5 * sqrt(126)
+        assert float(((counts - expected) ** 2 / expected).sum()) > 150
 
 
 # ------------------------------------------------------------------ rows, roll-back, other pipelines
@@ -285,7 +286,10 @@ def test_token_shuffle_accepts_by_fused_token() -> None:
         plain = decoding(model, model.condition(labels), noise=generators(2), **call).ids
         assert torch.equal(match(model, model.condition(labels), noise=generators(2), **call).ids, plain)
         assert match.statistics.units == 4 and match.statistics.acceptance_map().shape == (4, 4)
-    assert match.statistics.calls == 2
+    assert exact.statistics.calls <= 4
+    perfect = SpeculativeDecoding(decoding, DraftModel(model, 4), Verifier())
+    perfect(model, model.condition(labels), noise=generators(2), guidance=Guidance(2.0), null_condition=model.null_condition(2))
+    assert perfect.statistics.calls == 2 and perfect.statistics.acceptance_rate == 1.0
 
 
 # ------------------------------------------------------------------ errors

@@ -52,7 +52,13 @@ class FeatureDrafter(nn.Module):
         return self.trunk.position_table(coordinates.to(device), zero=zero.to(device))
 
     def forward(
-        self, tokens: Tensor, hidden: Tensor, positions: PositionTable, cache: KVCache, mask: Tensor | None = None, discard: int = 0
+        self,
+        tokens: Tensor,
+        hidden: Tensor,
+        positions: PositionTable,
+        cache: KVCache,
+        mask: Tensor | None = None,
+        discard: int = 0,
     ) -> Tensor:
         """tokens [R, n] and the states before them [R, n, D] -> guessed states [R, n, D]. mask: bool over the cache and these tokens,
         default causal. discard: as in `ARTransformer.forward`."""
@@ -62,11 +68,13 @@ class FeatureDrafter(nn.Module):
 
 @dataclass
 class GrownTree:
-    """tokens int64 [n], the root's among them; tree: how they follow each other; scores [n - 1]: log-probability of every path."""
+    """tokens int64 [n], the root's among them; tree: how they follow each other; scores [n - 1]: log-probability of every path.
+    seen: bool [top_k, top_k * depth], which of the nodes fed before and with it each node of the last level looked at."""
 
     tokens: Tensor
     tree: DraftTree
     scores: Tensor
+    seen: Tensor
 
 
 @torch.no_grad()
@@ -108,7 +116,7 @@ def grow_tree(
     front, front_ids, front_scores = torch.arange(top_k, device=device), ids.flatten(), scores.flatten()
     states = out[:, -1:].expand(-1, top_k, -1)
     seen = torch.eye(top_k, dtype=torch.bool, device=device)
-    count = top_k
+    count, last = top_k, seen
     for level in range(depth):
         place = certain + level
         mask = torch.cat([torch.ones(top_k, certain, dtype=torch.bool, device=device), seen], dim=1)
@@ -123,7 +131,7 @@ def grow_tree(
         source = best.indices // top_k
         front, front_ids, front_scores = count + best.indices, ids.flatten()[best.indices], best.values
         states = states[:, source]
-        seen = torch.cat([seen[source], torch.eye(top_k, dtype=torch.bool, device=device)], dim=1)
+        last, seen = seen, torch.cat([seen[source], torch.eye(top_k, dtype=torch.bool, device=device)], dim=1)
         count += top_k * top_k
     cache.crop(certain)
     scores, parents = torch.cat(all_scores), torch.cat(all_parents)
@@ -131,7 +139,7 @@ def grow_tree(
     number = torch.zeros(len(scores) + 1, dtype=torch.long, device=device)  # the last stands for the root, -1
     number[kept] = torch.arange(1, len(kept) + 1, device=device)
     tree = DraftTree(number[parents[kept]].tolist())
-    return GrownTree(torch.cat([tokens[0, -1:], torch.cat(all_ids)[kept]]), tree, scores[kept])
+    return GrownTree(torch.cat([tokens[0, -1:], torch.cat(all_ids)[kept]]), tree, scores[kept], last)
 
 
 def convert_drafter(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> FeatureDrafter:
@@ -143,7 +151,9 @@ def convert_drafter(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> F
     vocab_size, dim = state["embed_tokens.weight"].shape
     heads = int(config["num_attention_heads"])
     layers = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("layers."))
-    side = 32 if str(config.get("input_type", "t2i")) == "t2i2" else 16 if config.get("input_type", "t2i") == "t2i" else 24
+    side = (
+        32 if str(config.get("input_type", "t2i")) == "t2i2" else 16 if config.get("input_type", "t2i") == "t2i" else 24
+    )
     head_dim = dim // heads
     drafter = FeatureDrafter(
         vocab_size,
@@ -164,7 +174,11 @@ def convert_drafter(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> F
     )
     renamed = {}
     for name, tensor in state.items():
-        own = name.replace("layers.", "trunk.blocks.").replace("embed_tokens.", "token_embedding.").replace("fc.", "join.", 1)
+        own = (
+            name.replace("layers.", "trunk.blocks.")
+            .replace("embed_tokens.", "token_embedding.")
+            .replace("fc.", "join.", 1)
+        )
         for theirs, ours in (
             ("self_attn.q_proj", "attention.to_q"), ("self_attn.k_proj", "attention.to_k"), ("self_attn.v_proj", "attention.to_v"),
             ("self_attn.o_proj", "attention.to_out"), ("mlp.gate_proj", "mlp.gate"), ("mlp.up_proj", "mlp.up"),
@@ -174,5 +188,7 @@ def convert_drafter(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> F
         renamed[own] = tensor
     missing, unknown = drafter.load_state_dict(renamed, strict=False)
     if missing or unknown:
-        raise ValueError(f"this is no LANTERN drafter: missing tensors {list(missing)}, unknown tensors {list(unknown)}")
+        raise ValueError(
+            f"this is no LANTERN drafter: missing tensors {list(missing)}, unknown tensors {list(unknown)}"
+        )
     return drafter.eval()
