@@ -9,12 +9,9 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import replace_example_docstring
 
-<<<<<<< HEAD
-from tokenizers_visual.codes import Codes
-=======
 from armm.decoding.acceleration import Acceleration
 from armm.decoding.speculative import Speculative
->>>>>>> 3cd285a (Speculative decoding: loop with roll-back, Jacobi windows, exact, grouped and relaxed verification)
+from tokenizers_visual.codes import Codes
 
 from .outputs import ARPipelineOutput
 from .unified import UnifiedPipeline, candidate_generators

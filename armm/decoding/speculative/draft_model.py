@@ -52,13 +52,10 @@ class _ModelDrafting(Drafting):
         model = source.model
         condition = same_condition(model, target.condition)
         null = None
-        if target.guided:
-            like = target.null_condition
-            null = (
-                model.null_condition(condition.batch, condition)
-                if model.condition_type
-                else same_condition(model, like)
-            )  # type: ignore
+        if target.guided and model.condition_type is not None:
+            null = model.null_condition(condition.batch, condition)
+        elif target.guided and target.null_condition is not None:
+            null = same_condition(model, target.null_condition)
         self.target = Target(
             model, condition, null, target.grid,
             guidance=target.guidance, low=target.low, high=target.high, sampler=target.sampler, spare=source.window + 1,

@@ -232,9 +232,8 @@ class WindowStream(TokenStream):
         self.cache.reorder(rows)
         self.real = None if self.real is None else self.real[rows]
         self.bias = None if self.bias is None else self.bias[rows]
-        self.following = self.following.rows(rows)
+        self.following = self.following.select(rows)
 
     def narrow(self, rows: int) -> None:
         super().narrow(rows)
         self.real = None if self.real is None else self.real[:rows]
-        self.following = self.following.rows(slice(rows))
