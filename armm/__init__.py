@@ -90,6 +90,10 @@ PUBLIC_NAMES: dict[str, str] = {
     "NextScaleFlowDecoding": "armm.decoding.next_scale_flow",
     "FlowSolver": "armm.decoding.solvers.flow",
     "DecodingOutput": "armm.decoding.base",
+    "Speculative": "armm.decoding.speculative.acceleration",
+    "JacobiSpeculative": "armm.decoding.speculative.acceleration",
+    "GroupedSpeculative": "armm.decoding.speculative.acceleration",
+    "RelaxedSpeculative": "armm.decoding.speculative.acceleration",
     # tokenizers
     "Codes": "tokenizers_visual.codes",
     "VisualTokenizer": "tokenizers_visual.base",

@@ -93,6 +93,14 @@ class KVCache:
         for index in layers:
             self.lengths[index] = min(self.lengths[index], length)
 
+    def move(self, source: Tensor, target: Tensor) -> None:
+        """Copy the positions `source` [B, K] of every row to `target` [B, K], in all layers; lengths stay as they are.
+
+        Targets that repeat must have equal sources.
+        """
+        rows = torch.arange(self.batch, device=self.buffer.device)[:, None]
+        self.buffer[:, :, rows, :, target] = self.buffer[:, :, rows, :, source]
+
     def reset(self) -> None:
         self.crop(0)
 

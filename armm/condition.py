@@ -15,7 +15,8 @@ class Condition:
     embeds: [B, T, D]. mask: bool [B, T], False where a slot is padding (None: all are real). index: flat position ids
     [B, T] for models with a position layout of their own (None: the first T positions). bidirectional: how many of the
     first tokens see each other whole instead of causally. vector: [B, D], what modulates the blocks of models that have
-    one; such models may do without tokens, T = 0.
+    one; such models may do without tokens, T = 0. origin: what a model made this from, as arguments [B, ...] of
+    its `condition` or `prefix_condition`, for another model that is to be given the same (None: not known).
     """
 
     embeds: Tensor
@@ -23,6 +24,7 @@ class Condition:
     index: Tensor | None = None
     bidirectional: int = 0
     vector: Tensor | None = None
+    origin: dict[str, Tensor] | None = None
 
     def __post_init__(self) -> None:
         if self.embeds.dim() != 3:
@@ -52,6 +54,7 @@ class Condition:
             None if self.index is None else self.index[rows],
             self.bidirectional,
             None if self.vector is None else self.vector[rows],
+            None if self.origin is None else {name: value[rows] for name, value in self.origin.items()},
         )
 
     def unpadded(self) -> Condition:
@@ -72,6 +75,7 @@ class Condition:
             None if self.index is None else self.index.repeat_interleave(times, 0),
             self.bidirectional,
             None if self.vector is None else self.vector.repeat_interleave(times, 0),
+            None if self.origin is None else {name: value.repeat_interleave(times, 0) for name, value in self.origin.items()},
         )
 
     def spread(self, times: int) -> Condition:
@@ -84,6 +88,7 @@ class Condition:
             None if self.index is None else self.index.repeat_interleave(times, 1),
             self.bidirectional * times,
             self.vector,
+            self.origin,
         )
 
     def extend(self, embeds: Tensor, index: Tensor) -> Condition:

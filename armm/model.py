@@ -288,7 +288,8 @@ class AutoregressiveModel(TrunkModel):
         if self.condition_type == "class":
             if labels is None or features is not None or mask is not None:
                 raise ValueError("this model is conditioned on classes: give labels, and neither features nor mask")
-            return Condition(self.condition_embedding(self._check_labels(labels))).spread(self.tokens_per_position)
+            labels = self._check_labels(labels)
+            return Condition(self.condition_embedding(labels), origin={"labels": labels}).spread(self.tokens_per_position)
         if self.condition_type == "caption":
             if features is None or labels is not None:
                 raise ValueError("this model is conditioned on text features: give features (and mask), not labels")
@@ -298,7 +299,8 @@ class AutoregressiveModel(TrunkModel):
             weight = self.condition_embedding.fc1.weight
             embeds = self.condition_embedding(features.to(device=weight.device, dtype=weight.dtype))
             mask = None if mask is None else mask.to(device=embeds.device, dtype=torch.bool)
-            return Condition(embeds, mask).spread(self.tokens_per_position)
+            origin = {"features": features} if mask is None else {"features": features, "mask": mask}
+            return Condition(embeds, mask, origin=origin).spread(self.tokens_per_position)
         raise ValueError("this model has no condition embedder; use prefix_condition with token ids")
 
     def _check_labels(self, labels: Tensor) -> Tensor:
@@ -344,7 +346,8 @@ class AutoregressiveModel(TrunkModel):
         if index.dim() == 1:
             index = index.expand(ids.shape[0], -1)
         bidirectional = length if self.bidirectional_prompt else 0
-        return Condition(self.embed(ids), None if mask is None else mask.bool(), index, bidirectional)
+        origin = {"ids": ids, "index": index} if mask is None else {"ids": ids, "index": index, "mask": mask}
+        return Condition(self.embed(ids), None if mask is None else mask.bool(), index, bidirectional, origin=origin)
 
     def reading_condition(self, prompt: Tensor, image: Tensor, text: Tensor) -> Condition:
         """What text is written after: ids of a prompt up to begin-of-image [B, T + 1], an image [B, N], text about it [B, L]."""

@@ -38,6 +38,7 @@ class ARTransformer(ModelMixin, ConfigMixin):
         mlp_bias, qkv_bias, out_bias: which linear layers have biases.
         norm: "rms" or "layer", with norm_eps; norm_affine=False has no weights in the blocks (the final norm has).
         norm_placement: "input" of the two branches of a block, or their "output" before it is added (Swin v2, arXiv 2111.09883).
+        first_norm: False leaves out the norm before the first block's attention (EAGLE's drafters).
         final_norm: normalise the output. Taps have a final norm each as well. input_norm: normalise the input, positions
             included.
         qk_norm: None, "rms" (weights over head_dim), "head_layer" (layer norm over head_dim, weights and biases for each
@@ -81,6 +82,7 @@ class ARTransformer(ModelMixin, ConfigMixin):
         norm_placement: str = "input",
         final_norm: bool = True,
         input_norm: bool = False,
+        first_norm: bool = True,
         qkv_bias: bool = False,
         out_bias: bool = False,
         qk_norm: str | None = None,
@@ -158,6 +160,8 @@ class ARTransformer(ModelMixin, ConfigMixin):
         )
         self.position_embedding = nn.Embedding(learned_positions, dim) if learned_positions else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(num_layers))
+        if not first_norm:
+            self.blocks[0].attention_norm = nn.Identity()
         self.input_norm = build_norm(norm, dim, norm_eps) if input_norm else None
         self.bridges = nn.ModuleDict(
             {str(place): Bridge(norm, dim, norm_eps, learned_positions) for place in sorted(set(bridges))}
@@ -271,6 +275,7 @@ class ARTransformer(ModelMixin, ConfigMixin):
         context: Tensor | None = None,
         discard: int = 0,
         hook: LayerHook | None = None,
+        repeated: bool = False,
     ) -> Tensor | tuple[Tensor, dict[int, Tensor]]:
         """`embeds` [B, N, D] -> hidden [B, N, D], normalised; with taps (hidden, {tap: hidden}).
 
@@ -280,7 +285,8 @@ class ARTransformer(ModelMixin, ConfigMixin):
         are seen by this call but not kept in the cache. modulation: condition [B, C] or [B, N, C], or [B, S, C] with
         segments [N], which says for each token the row that it follows; with "branches" a pair of conditions, with "tasks" the
         task of each row, int64 [B] or [1]. context: [B, N, context_dim], standing at the positions of the tokens. hook: looks in between
-        the blocks, and may shorten the sequence there.
+        the blocks, and may shorten the sequence there. repeated: calls of this very shape come again and again, so fused weights
+        may be packed for it (single tokens always count as such).
         """
         length = embeds.shape[1]
         x, rotary = embeds, None
@@ -323,7 +329,8 @@ class ARTransformer(ModelMixin, ConfigMixin):
                 x = block(*arguments, hook.observer(layer))
                 x, rotary, mask, causal = hook.after(layer, x, rotary, mask, causal)
             else:
-                x = self._gradient_checkpointing_func(block, *arguments) if checkpointing else block(*arguments)
+                call = (*arguments, None, repeated)
+                x = self._gradient_checkpointing_func(block, *call) if checkpointing else block(*call)
         if self.norm is not None:
             x = self.norm(x)
         return (x, tapped) if self.taps else x

@@ -210,6 +210,11 @@ class ARPipeline(DiffusionPipeline):
         """Undoes `enable_acceleration`."""
         self.acceleration = None
 
+    @property
+    def strategy(self) -> Any:
+        """What decodes a call: the pipeline's `decoding`, or what the acceleration puts in its place."""
+        return self.decoding if self.acceleration is None else self.acceleration.strategy(self)
+
     # ------------------------------------------------------------------ pieces of a call
 
     @property

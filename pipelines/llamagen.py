@@ -14,9 +14,11 @@ from diffusers import DiffusionPipeline
 from diffusers.utils.doc_utils import replace_example_docstring
 
 from armm.condition import Condition
+from armm.decoding.acceleration import Acceleration
 from armm.decoding.guidance import Guidance
 from armm.decoding.next_token import NextTokenDecoding
 from armm.decoding.sampling import Sampler
+from armm.decoding.speculative import Speculative
 from armm.model import AutoregressiveModel
 from tokenizers_visual.codes import Codes
 from tokenizers_visual.vq_tokenizer import VQTokenizer
@@ -59,6 +61,7 @@ class LlamaGenPipeline(T5PromptPipeline):
     _optional_components: ClassVar[list[str]] = ["text_encoder", "text_tokenizer"]
     _callback_tensor_inputs: ClassVar[list[str]] = ["latents"]
     single_file_loader: ClassVar[str | None] = "armm.convert.llamagen"
+    _accelerations: ClassVar[tuple[type[Acceleration], ...]] = (Speculative,)
     generation_settings: ClassVar[dict[str, Any]] = {
         "guidance_scale": 4.0,
         "guidance_interval": -1,
@@ -241,7 +244,7 @@ class LlamaGenPipeline(T5PromptPipeline):
 
         with self.progress_bar(total=self._num_timesteps) as bar:
             watch = self.after_step(bar, guidance, callback_on_step_end, callback_on_step_end_tensor_inputs)
-            output = self.decoding(
+            output = self.strategy(
                 self.transformer,
                 condition,
                 null_condition,

@@ -168,7 +168,7 @@ class UnifiedPipeline(ARPipeline):
         null = model.prefix_condition(self.null_prefix(len(prefix))) if guidance.active else None
         with self.progress_bar(total=self._num_timesteps) as bar:
             watch = self.after_step(bar, guidance, callback, callback_names)
-            output = self.decoding(
+            output = self.strategy(
                 model,
                 condition,
                 null,

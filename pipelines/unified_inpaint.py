@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import PIL.Image
@@ -11,6 +11,9 @@ import torch
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline
 from diffusers.utils import replace_example_docstring
+
+from armm.decoding.acceleration import Acceleration
+from armm.decoding.speculative import Speculative
 
 from .outputs import ARPipelineOutput
 from .unified import UnifiedPipeline, images_to_pixels
@@ -39,6 +42,8 @@ class UnifiedInpaintPipeline(UnifiedPipeline):
     later do not influence it. Infilling (CM3), for models whose vocabulary has sentinels for holes: what is redrawn is written
     after all that is kept, and sees it on every side.
     """
+
+    _accelerations: ClassVar[tuple[type[Acceleration], ...]] = (Speculative,)
 
     @torch.no_grad()
     @replace_example_docstring(EXAMPLE_DOC_STRING)

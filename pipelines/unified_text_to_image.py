@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import replace_example_docstring
 
+from armm.decoding.acceleration import Acceleration
+from armm.decoding.speculative import Speculative
 from tokenizers_visual.codes import Codes
 
 from .outputs import ARPipelineOutput
@@ -30,6 +32,8 @@ EXAMPLE_DOC_STRING = """
 
 class UnifiedTextToImagePipeline(UnifiedPipeline):
     """Draws images from text, one token after the other, with classifier-free guidance."""
+
+    _accelerations: ClassVar[tuple[type[Acceleration], ...]] = (Speculative,)
 
     @torch.no_grad()
     @replace_example_docstring(EXAMPLE_DOC_STRING)

@@ -23,3 +23,7 @@ class Acceleration:
 
     def check(self, pipe: Any) -> None:
         """Raises ValueError where the components of `pipe` cannot be accelerated like this."""
+
+    def strategy(self, pipe: Any) -> Any:
+        """The decoding strategy of a call of `pipe`: its own, or what takes its place."""
+        return pipe.decoding

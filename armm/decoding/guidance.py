@@ -27,15 +27,17 @@ PROGRESS: dict[str, Callable[[int, int], float]] = {
 }
 
 
-def _combine_logits(conditional: Tensor, null: Tensor, scale: float) -> Tensor:
+def _combine_logits(conditional: Tensor, null: Tensor, scale: float | Tensor) -> Tensor:
+    if isinstance(scale, Tensor):
+        return null + (conditional - null) * scale
     return torch.add(null, conditional - null, alpha=scale)
 
 
-def _combine_log_softmax(conditional: Tensor, null: Tensor, scale: float) -> Tensor:
+def _combine_log_softmax(conditional: Tensor, null: Tensor, scale: float | Tensor) -> Tensor:
     return _combine_logits(conditional.log_softmax(-1), null.log_softmax(-1), scale)
 
 
-FORMULAS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
+FORMULAS: dict[str, Callable[[Tensor, Tensor, float | Tensor], Tensor]] = {
     "logits": _combine_logits,
     "log_softmax": _combine_log_softmax,
 }
@@ -136,3 +138,15 @@ class Guidance:
         conditional, null = logits.chunk(2)
         scale = self.scale if self.schedule == "constant" else self.scale_at(step, steps)
         return FORMULAS[self.formula](conditional, null, scale)
+
+    def combine_steps(self, logits: Tensor, numbers: Tensor, steps: int) -> Tensor:
+        """`combine` for windows: logits [2B, L, ...] of the tokens with these numbers [B, L] of `steps` -> [B, L, ...]."""
+        if self.schedule == "constant" and self.interval < 0:
+            return self.combine(logits)
+        conditional, null = logits.chunk(2)
+        flat = numbers.flatten().tolist()
+        shape = (*numbers.shape, *(1 for _ in logits.shape[2:]))
+        scales = [self.scale_at(min(number, steps - 1), steps) for number in flat]
+        scale = torch.tensor(scales, device=logits.device).view(shape)
+        covered = torch.tensor([self.covers(number) for number in flat], device=logits.device).view(shape)
+        return torch.where(covered, FORMULAS[self.formula](conditional, null, scale), conditional)

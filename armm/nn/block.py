@@ -198,12 +198,14 @@ class FusedBlock:
         layer: int,
         discard: int,
         backend: str | None,
+        repeated: bool = False,
     ) -> Tensor:
         batch, length, dim = x.shape
         x = x.reshape(batch * length, dim)
         step = length == 1
+        pack = step or repeated
         normed = x if self.norms_output else self.attention_norm(x)
-        query, keys_values = self.split(self.qkv.rows(normed, step), batch, length, rotary)
+        query, keys_values = self.split(self.qkv.rows(normed, pack), batch, length, rotary)
         if cache is None:
             key, value = keys_values.unbind(0)
         else:
@@ -214,19 +216,19 @@ class FusedBlock:
             out = attention(query, key, value, mask=mask, causal=causal, scale=self.scale, backend=backend, layer=layer)
         out = (out if step else out.transpose(1, 2)).reshape(batch * length, -1)
         if self.norms_output:
-            x = x + self.attention_norm(self.out.rows(out, step))
+            x = x + self.attention_norm(self.out.rows(out, pack))
         else:
-            x = self.out.add_rows(x, out, step)
+            x = self.out.add_rows(x, out, pack)
 
-        hidden = self.up.rows(x if self.norms_output else self.mlp_norm(x), step)
+        hidden = self.up.rows(x if self.norms_output else self.mlp_norm(x), pack)
         if self.gated:
             gate, hidden = hidden.chunk(2, dim=-1)
             hidden = (F.silu(gate) if self.silu else self.activation(gate)).mul_(hidden)
         else:
             hidden = self.activation(hidden)
         if self.norms_output:
-            return (x + self.mlp_norm(self.down.rows(hidden, step))).view(batch, length, dim)
-        return self.down.add_rows(x, hidden, step, inplace=True).view(batch, length, dim)
+            return (x + self.mlp_norm(self.down.rows(hidden, pack))).view(batch, length, dim)
+        return self.down.add_rows(x, hidden, pack, inplace=True).view(batch, length, dim)
 
 
 def _fast_norm(norm: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -286,13 +288,14 @@ class Block(nn.Module):
         segments: Tensor | None = None,
         context: Tensor | None = None,
         observe: Observer | None = None,
+        repeated: bool = False,
     ) -> Tensor:
         """`x` [B, N, D] -> [B, N, D]; `condition` feeds the modulation, `observe` is shown what goes into and comes out of both
         branches, the rest is as in `ARTransformer.forward`."""
         if observe is not None:
             return self._observed(x, rotary, mask, causal, cache, layer, discard, backend, observe)
         if self._fused is not None and not torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type):
-            return self._fused(x, rotary, mask, causal, cache, layer, discard, backend)
+            return self._fused(x, rotary, mask, causal, cache, layer, discard, backend, repeated)
         if self.norms_output:
             branch = self.attention(x, rotary, mask, causal, cache, layer, discard, backend)
             x = x + F.dropout(self.attention_norm(branch), self.dropout, self.training)

@@ -51,6 +51,33 @@ class PositionTable:
             learned = learned[:rows]
         return PositionTable(rotary, learned)
 
+    def take(self, index: Tensor) -> PositionTable:
+        """The positions with these numbers [R, n] in this table, row by row."""
+        rows = torch.arange(len(index), device=index.device)[:, None]
+
+        def learned(table: Tensor) -> Tensor:
+            return table[rows, index] if table.dim() > 2 else table[index]
+
+        rotary = self.rotary
+        if rotary is not None:
+            axis = 0 if rotary.is_complex() else 1  # of the rows, where they have positions of their own
+            if rotary.dim() > 3 + axis:
+                rotary = rotary[rows, index] if axis == 0 else rotary[:, rows, index]
+            else:
+                rotary = rotary[index] if axis == 0 else rotary[:, index]
+        own = None if self.learned is None else learned(self.learned)
+        return PositionTable(rotary, own, tuple(learned(table) for table in self.bridges))
+
+    def select(self, rows: Tensor) -> PositionTable:
+        """Some of the rows, where rows have positions of their own."""
+        rotary = self.rotary
+        if rotary is not None and rotary.dim() > (3 if rotary.is_complex() else 4):
+            rotary = rotary[rows] if rotary.is_complex() else rotary[:, rows]
+        learned = self.learned
+        if learned is not None and learned.dim() > 2:
+            learned = learned[rows]
+        return PositionTable(rotary, learned, tuple(table[rows] if table.dim() > 2 else table for table in self.bridges))
+
 
 @dataclass(frozen=True)
 class PositionLayout:
