@@ -58,20 +58,20 @@ def image_to_text(
 
     pictures = [PIL.Image.fromarray(image.permute(1, 2, 0).numpy()) for image in render(scenes, picture_size(pipe))]
     shared = (pipe, pictures, asked, seed, batch_size if pruning is None else 1, progress)
-    before = pipe.acceleration
-    try:
-        if pruning is None:
-            result = _answered(*shared, search)
-        else:
+    if pruning is None:
+        result = _answered(*shared, search)
+    else:
+        before = pipe.acceleration
+        try:
             pipe.disable_acceleration()
             plain = _answered(*shared, search)
             pipe.enable_acceleration(pruning)
             result = _answered(*shared, search)
-            result |= {"without_pruning": plain, "seconds_saved": round(plain["seconds"] - result["seconds"], 1)}
-        if explain is not None:
-            result |= explained_words(pipe, scenes, asked, pictures, explain, progress)
-    finally:
-        pipe.acceleration = before
+        finally:
+            pipe.acceleration = before
+        result |= {"without_pruning": plain, "seconds_saved": round(plain["seconds"] - result["seconds"], 1)}
+    if explain is not None:
+        result |= explained_words(pipe, scenes, asked, pictures, explain, progress)
     return figures(result | {"questions": questions, "seed": seed})
 
 
