@@ -13,6 +13,7 @@ from diffusers import DiffusionPipeline
 from armm.decoding.grouped import GroupedDecoding
 from armm.decoding.guidance import Guidance
 from armm.decoding.infilling import fill_image, hole_layout
+from armm.decoding.likelihood import text_log_likelihood
 from armm.decoding.next_token import NextTokenDecoding
 from armm.decoding.sampling import Sampler
 from armm.model import AutoregressiveModel
@@ -47,6 +48,7 @@ class UnifiedPipeline(ARPipeline):
         "temperature": 0.7,
         "top_k": 0,
         "top_p": 1.0,
+        "num_candidates": 1,
     }
 
     def __init__(
@@ -183,6 +185,33 @@ class UnifiedPipeline(ARPipeline):
             )
         return Codes(ids=output.ids, grid=(1, *grid))
 
+    def best_codes(self, prefix: torch.Tensor, codes: Codes, candidates: int) -> Codes:
+        """Of every `candidates` neighboring rows of `codes` the one about which the model would most likely say its prompt.
+
+        prefix: ids [B, text_slots + 1], one row for each of the B images that are kept.
+        """
+        words, model = self.words, self.transformer
+        lengths = (prefix[:, :-1] != words.pad).sum(1)
+        longest = int(lengths.max())
+        if longest + 2 > model.answer_slots:
+            raise ValueError(
+                f"`num_candidates` must be 1 for a prompt of {longest} words: this model says texts of at most "
+                f"{model.answer_slots - 2} words about a picture."
+            )
+        mark, pad = (prefix.new_full((len(prefix), 1), value) for value in (words.caption, words.pad))
+        text = torch.cat([mark, prefix[:, :longest], pad], 1).scatter(1, lengths[:, None] + 1, words.end)
+        scores = text_log_likelihood(
+            model,
+            self.null_prefix(len(codes.ids)),
+            codes.ids + len(words),
+            text.repeat_interleave(candidates, 0),
+            pad_id=words.pad,
+            vocabulary=(0, len(words)),
+        )
+        best = scores.view(-1, candidates).argmax(1)
+        rows = torch.arange(len(prefix), device=best.device) * candidates + best
+        return Codes(ids=codes.ids[rows], grid=codes.grid)
+
     def fill_codes(
         self,
         prefix: torch.Tensor,
@@ -230,6 +259,18 @@ class UnifiedPipeline(ARPipeline):
         pixels = images_to_pixels(image, self.image_size, name).to(device=self._execution_device, dtype=weight.dtype)
         # One image at a time: an image's codes do not depend on what it is batched with, bit for bit.
         return torch.cat([self.tokenizer.encode(row[None]).ids for row in pixels])
+
+
+def candidate_generators(
+    generator: torch.Generator | list[torch.Generator] | None, images: int, candidates: int
+) -> torch.Generator | list[torch.Generator] | None:
+    """A generator for every candidate of every image, seeded from those given: so an image does not depend on its batch."""
+    if candidates == 1 or generator is None:
+        return generator
+    if isinstance(generator, torch.Generator):
+        seeds = torch.randint(2**62, (images * candidates,), generator=generator, device=generator.device).tolist()
+        return [torch.Generator(generator.device).manual_seed(seed) for seed in seeds]
+    return [child for one in generator for child in candidate_generators(one, 1, candidates) or ()]
 
 
 def images_to_pixels(image: Any, size: tuple[int, int], name: str = "image") -> torch.Tensor:

@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import replace_example_docstring
 
 from .outputs import ARPipelineOutput
-from .unified import UnifiedPipeline
+from .unified import UnifiedPipeline, candidate_generators
 
 __all__ = ["DiffusionPipeline", "UnifiedTextToImagePipeline"]
 
@@ -37,6 +37,7 @@ class UnifiedTextToImagePipeline(UnifiedPipeline):
         height: int | None = None,
         width: int | None = None,
         num_images_per_prompt: int = 1,
+        num_candidates: int | None = None,
         guidance_scale: float | None = None,
         temperature: float | None = None,
         top_k: int | None = None,
@@ -54,6 +55,9 @@ class UnifiedTextToImagePipeline(UnifiedPipeline):
             prompt (`str` or `list[str]`): what to draw, in words of the model's vocabulary.
             height, width (`int`, *optional*): must be the model's own size.
             num_images_per_prompt (`int`, *optional*, defaults to 1): images of each prompt, next to each other.
+            num_candidates (`int`, *optional*): pictures drawn for each one that is returned. The model reads them and keeps the one
+                about which it would most likely say the prompt (reranking as in DALL-E, arXiv 2102.12092, section 2.6, with the
+                model as its own judge). 1 draws only what is returned.
             guidance_scale (`float`, *optional*): above 1, how strongly the prompt is followed; 1 turns guidance off.
             temperature (`float`, *optional*): of the draw; 0 always takes the likeliest code.
             top_k (`int`, *optional*): draw from the k likeliest codes only; 0 from all.
@@ -63,7 +67,7 @@ class UnifiedTextToImagePipeline(UnifiedPipeline):
             output_type (`str`, *optional*, defaults to `"pil"`): `"pil"`, `"np"`, `"pt"` or `"latent"` (code ids [B, N]).
             return_dict (`bool`, *optional*, defaults to `True`): return an `ARPipelineOutput` rather than a tuple.
             callback_on_step_end (`Callable`, *optional*): called as `callback(pipe, step, timestep, tensors)` after each
-                token; a returned `"latents"` (code ids so far) replaces them.
+                token; a returned `"latents"` (code ids so far, of all candidates) replaces them.
             callback_on_step_end_tensor_inputs (`list[str]`, *optional*): what the callback is given: `"latents"`.
             output_codes (`bool`, *optional*, defaults to `False`): also return the visual codes.
 
@@ -76,14 +80,18 @@ class UnifiedTextToImagePipeline(UnifiedPipeline):
         self.check_size(height, width)
         self.check_number("num_images_per_prompt", num_images_per_prompt, low=1, integer=True)
         guidance_scale, sampler = self.check_sampling(guidance_scale, temperature, top_k, top_p)
+        candidates = self.setting("num_candidates", num_candidates)
+        self.check_number("num_candidates", candidates, low=1, integer=True)
         prefix = self.encode_prompt(prompt, num_images_per_prompt)
         self.check_generator(generator, len(prefix))
         codes = self.draw_codes(
-            prefix,
+            prefix.repeat_interleave(candidates, 0),
             guidance_scale,
             sampler,
-            generator,
+            candidate_generators(generator, len(prefix), candidates),
             callback=callback_on_step_end,
             callback_names=callback_on_step_end_tensor_inputs,
         )
+        if candidates > 1:
+            codes = self.best_codes(prefix, codes, candidates)
         return self.make_output(codes, output_type, return_dict=return_dict, output_codes=output_codes)

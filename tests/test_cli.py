@@ -13,6 +13,7 @@ from PIL import Image, ImageSequence
 from tiny_llamagen import class_pipeline
 from tiny_unified import unified_pipeline
 
+import armm
 from armm.cli import generate, train
 from armm.cli.main import build_parser, main
 from armm.cli.output import atomic_file, atomic_folder, image_grid, table
@@ -177,6 +178,16 @@ def test_several_pictures_a_grid_and_a_size(models, tmp_path):
     assert draw(models["unified"], PROMPT, OTHER, "-o", tmp_path / "grid.jpg", "--grid", *common) == 0
     assert Image.open(tmp_path / "grid.jpg").size == (98, 98)
     assert Image.open(tmp_path / "many-3.png").size == (48, 48)
+
+
+def test_candidates_and_decodings_are_options(models, tmp_path, capsys):
+    common = ("--seed", 3, "--num-candidates", 3, "--decoding", "next-token")
+    assert draw(models["unified"], PROMPT, "-o", tmp_path / "best.png", *common) == 0
+    pipe = armm.pipeline(models["unified"])
+    best = pipe(PROMPT, num_candidates=3, generator=torch.Generator().manual_seed(3)).images[0]
+    assert pixels(tmp_path / "best.png") == list(best.tobytes())
+    assert draw(models["unified"], PROMPT, "-o", tmp_path / "no.png", "--decoding", "spiral") == 2
+    assert "unknown `decoding`" in capsys.readouterr().err and files(tmp_path) == ["best.png"]
 
 
 def test_classes_are_drawn_with_settings(models, tmp_path):

@@ -43,6 +43,9 @@ def add(subparsers: argparse._SubParsersAction) -> None:
         sub.add_argument("--model", help="a folder (default: the shipped weights)")
         sub.add_argument("--seed", type=whole(0, MAX_SEED), default=0, help="seed of the scenes and draws (default: 0)")
         sub.add_argument("--batch-size", type=whole(1), default=32, metavar="N", help="pictures at once (default: 32)")
+        if task == "text-to-image":
+            sub.add_argument("--decoding", metavar="NAME", help="one of the decodings that the folder offers")
+            sub.add_argument("--num-candidates", type=whole(1, 256), metavar="N", help="drawn for each picture that counts")
         sub.add_argument("--quiet", action="store_true", help="no progress bar")
         sub.set_defaults(run=run)
 
@@ -65,8 +68,14 @@ def run(args: argparse.Namespace) -> int:
     import armm.evaluation
 
     measure = getattr(armm.evaluation, args.task.replace("-", "_"))
+    options = {name: getattr(args, name, None) for name in ("decoding", "num_candidates")}
     result = measure(
-        model=args.model, **{counted: args.count}, seed=args.seed, batch_size=args.batch_size, progress=not args.quiet
+        model=args.model,
+        **{counted: args.count},
+        seed=args.seed,
+        batch_size=args.batch_size,
+        progress=not args.quiet,
+        **{name: value for name, value in options.items() if value is not None},
     )
     print(table(("figure", "value"), rows_of(result)))
     if target is not None:

@@ -74,6 +74,9 @@ def add(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--grid", action="store_true", help="put all pictures in one file instead of FILE-0, FILE-1, ..."
     )
+    parser.add_argument(
+        "--num-candidates", type=whole(1, 256), metavar="N", help="draw N for each picture and keep the one that fits its prompt best"
+    )
     parser.add_argument("--guidance-scale", type=real(0.0), metavar="X", help="classifier-free guidance; 1 is none")
     parser.add_argument(
         "--temperature", type=real(0.0), metavar="X", help="randomness of the tokens; 0 takes the likeliest"
@@ -155,6 +158,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"{type(pipe).__name__} makes {made}: give {option}")
     options = {
         **what,
+        "num_candidates": args.num_candidates,
         "guidance_scale": args.guidance_scale,
         "temperature": args.temperature,
         "top_k": args.top_k,

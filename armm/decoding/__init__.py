@@ -7,6 +7,7 @@ from typing import Any
 
 from armm.decoding.base import DecodingOutput, TokenStream
 from armm.decoding.guidance import Guidance
+from armm.decoding.likelihood import text_log_likelihood
 from armm.decoding.masked import MaskedLatentDecoding
 from armm.decoding.masked_tokens import MaskedTokenDecoding
 from armm.decoding.neighboring import NeighboringDecoding
@@ -72,6 +73,7 @@ __all__ = [
     "build_strategy",
     "decode_text",
     "scale_masks",
+    "text_log_likelihood",
     "top_k_filter",
     "top_p_filter",
 ]

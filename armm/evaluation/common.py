@@ -25,15 +25,18 @@ RECOGNISER_WEIGHTS = "scenes-recogniser"
 SEED_OFFSET = 7_000_000_000
 
 
-def load_pipeline(task: str, model: Any = None) -> Any:
-    """The pipeline of a task: with the shipped weights (None), from a folder, or the pipeline given."""
+def load_pipeline(task: str, model: Any = None, decoding: str | None = None) -> Any:
+    """The pipeline of a task: with the shipped weights (None), from a folder, or the pipeline given; with one of the decodings
+    that a folder offers."""
     if model is not None and not isinstance(model, (str, Path)):
         return model
     folder = weights.path(PIPELINE_WEIGHTS) if model is None else Path(model)
     if not folder.is_dir():
         raise FileNotFoundError(f"model: no folder {str(model)!r}; give a folder written by `save_pretrained`.")
     found = read_index(folder)["_class_name"]
-    loaded = getattr(pipelines, found if found in OTHERS[task] else PIPELINES[task]).from_pretrained(folder)
+    options = {} if decoding is None else {"decoding": decoding}
+    name = found if found in OTHERS[task] else PIPELINES[task]
+    loaded = getattr(pipelines, name).from_pretrained(folder, **options)
     loaded.set_progress_bar_config(disable=True)
     return loaded
 

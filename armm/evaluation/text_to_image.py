@@ -52,6 +52,8 @@ def text_to_image(
     batch_size: int = 32,
     progress: bool = True,
     recogniser: SceneRecogniser | str | Path | None = None,
+    decoding: str | None = None,
+    num_candidates: int | None = None,
 ) -> dict[str, Any]:
     """Generates from held-out prompts with the checkpoint's own settings and has the recogniser check every claim.
 
@@ -63,6 +65,8 @@ def text_to_image(
         batch_size: pictures generated at once.
         progress: show a progress bar.
         recogniser: the judge; a folder, a `SceneRecogniser`, or None for the shipped one.
+        decoding: one of the decodings that the folder offers, or None for its own.
+        num_candidates: pictures that the model draws and reads for each one that counts; None for the checkpoint's setting.
 
     Returns:
         `prompt_accuracy` (share of prompts with every claim fulfilled) with its standard error, the same by number of
@@ -73,7 +77,8 @@ def text_to_image(
     check_count("prompts", prompts)
     check_count("batch_size", batch_size)
     judge = load_recogniser(recogniser)
-    pipe = load_pipeline("text-to-image", model)
+    pipe = load_pipeline("text-to-image", model, decoding)
+    options = {} if num_candidates is None else {"num_candidates": num_candidates}
     scenes = fresh_scenes(prompts, seed, "heldout")
     captions = heldout_prompts(scenes)
     size = picture_size(pipe)
@@ -85,7 +90,7 @@ def text_to_image(
         for first in range(0, prompts, batch_size):
             texts = [caption.text for caption in captions[first : first + batch_size]]
             generators = [sample_generator(seed, first + k) for k in range(len(texts))]
-            images = pipe(texts, generator=generators, output_type="pt").images
+            images = pipe(texts, generator=generators, output_type="pt", **options).images
             pixels = images.float() * 2 - 1
             readings += judge.recognise(pixels)
             features.append(judge.features(pixels).cpu())

@@ -49,6 +49,39 @@ def test_several_images_of_a_prompt(draw):
     assert torch.equal(images[3], draw(PROMPTS[1], generator=generators(4), output_type="latent").images[0])
 
 
+def test_candidates_are_judged_by_what_the_model_would_say_about_them(draw):
+    def call(prompt, seeds, **settings):
+        return draw(prompt, generator=generators(*seeds), output_type="latent", **settings).images
+
+    kept = call(PROMPTS, (1, 2, 3), num_candidates=4)
+    assert kept.shape == (3, 16) and not torch.equal(kept, call(PROMPTS, (1, 2, 3)))
+    for row in range(3):  # alone, from a list or a single generator, as in a batch
+        assert torch.equal(kept[row], call(PROMPTS[row], (row + 1,), num_candidates=4)[0])
+        alone = draw(PROMPTS[row], generator=generators(row + 1)[0], output_type="latent", num_candidates=4)
+        assert torch.equal(kept[row], alone.images[0])
+    # By hand: the candidates, and the log-likelihood of the caption after each of them, one word at a time.
+    seeds = torch.randint(2**62, (4,), generator=generators(2)[0]).tolist()
+    candidates = call([PROMPTS[1]] * 4, seeds)
+    scores = [log_likelihood(draw, ids, PROMPTS[1]) for ids in candidates]
+    assert torch.equal(candidates[int(torch.tensor(scores).argmax())], kept[1])
+    with pytest.raises(ValueError, match="num_candidates"):
+        draw(PROMPTS[0], num_candidates=0)
+
+
+@torch.no_grad()
+def log_likelihood(pipe, ids: torch.Tensor, prompt: str) -> float:
+    model, words = pipe.transformer, pipe.words
+    said = [*words.encode(prompt, "prompt", 28), words.end]
+    total = 0.0
+    for position, word in enumerate(said):
+        before = torch.tensor([[words.caption, *said[:position]]])
+        given = model.reading_condition(pipe.null_prefix(1), ids[None] + len(words), before)
+        seen = prefix_mask(torch.ones(1, given.length, dtype=torch.bool), given.length, given.bidirectional)
+        hidden = model.trunk(given.embeds, positions=model.positions_for(given.index), mask=seen)[:, -1]
+        total += float(model.logits(hidden, low=0, high=len(words)).log_softmax(-1)[0, word])
+    return total
+
+
 def test_settings_matter_and_default_to_the_checkpoint(draw):
     def call(**settings):
         return draw(PROMPTS[0], generator=generators(1), output_type="latent", **settings).images
