@@ -26,6 +26,7 @@ TASKS: dict[str, tuple[str, str, str]] = {
 FAMILY_PIPELINES: dict[str, tuple[str, str]] = {
     "llamagen": ("pipelines.llamagen", "LlamaGenPipeline"),
     "elm": ("pipelines.elm", "ELMPipeline"),
+    "himar": ("pipelines.himar", "HiMARPipeline"),
     "mar": ("pipelines.mar", "MARPipeline"),
     "nar": ("pipelines.nar", "NARPipeline"),
     "par": ("pipelines.par", "PARPipeline"),

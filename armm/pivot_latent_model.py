@@ -55,14 +55,14 @@ class PivotLatentModel(MaskedLatentModel):
         self.pivot_grid = (pivot_grid[0], pivot_grid[1])
         self.num_pivots = pivot_grid[0] * pivot_grid[1]
         tasks = {"modulation": "tasks", "modulation_tasks": 2, "modulation_order": list(WITHOUT_SHIFT)}
-        stacks = ({**tasks, **(stack or {})} for stack in (encoder, decoder))
         self._build(
             latent_channels,
             grid,
             1,
             num_classes,
             condition_tokens,
-            *stacks,
+            {**tasks, **(encoder or {})},
+            {**tasks, **(decoder or {})},
             head,
             extra_tokens=self.num_pivots,
             phases=2,

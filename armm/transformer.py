@@ -115,7 +115,9 @@ class ARTransformer(ModelMixin, ConfigMixin):
         if qk_norm not in (None, "rms", "l2"):
             raise ValueError(f"qk_norm must be None, 'rms' or 'l2', got {qk_norm!r}")
         if (modulation == "tasks") != (modulation_tasks > 0):
-            raise ValueError(f"modulation={modulation!r} and modulation_tasks={modulation_tasks}: tasks need a number, others 0")
+            raise ValueError(
+                f"modulation={modulation!r} and modulation_tasks={modulation_tasks}: tasks need a number, others 0"
+            )
         for name, places in (("taps", taps), ("bridges", bridges)):
             if any(not 0 < place < num_layers for place in places):
                 raise ValueError(f"{name} must lie between 1 and num_layers - 1 = {num_layers - 1}, got {list(places)}")

@@ -235,17 +235,61 @@ def _flowar(name: str, parameters: float, preset: dict[str, Any], figures: dict[
     )
 
 
+_MAR_REPO = "jadechoghari/mar"  # the copy that the authors link to
+
+
+def _mar(name: str, parameters: float, guidance: float, figures: dict[str, float]) -> ZooEntry:
+    settings = {"guidance_schedule": "linear", "temperature": 1.0, "num_inference_steps": 256, "head_steps": 100}
+    return ZooEntry(
+        f"mar-{name}-256",
+        family="mar",
+        task="class-to-image",
+        repo=_MAR_REPO,
+        file=f"mar-{name}.safetensors",
+        parameters=parameters,
+        licence="MIT",
+        image_size=256,
+        tokenizer="kl16",
+        generation_config={"guidance_scale": guidance, **settings},
+        figures=figures,
+        paper="2406.11838",
+    )
+
+
+def _himar(name: str, parameters: float, scales: tuple[float, float], steps: int, figures: dict[str, float]) -> ZooEntry:
+    return ZooEntry(
+        f"himar-{name}-256",
+        family="himar",
+        task="class-to-image",
+        repo="HiDream-ai/Hi-MAR",
+        file=f"Hi-MAR-{name[0].upper()}/checkpoint-last.pth",
+        parameters=parameters,
+        licence="none stated in the code's repository; see the hub card",
+        image_size=256,
+        tokenizer="kl16",
+        generation_config={"guidance_scale": scales[0], "pivot_guidance_scale": scales[1], "num_inference_steps": steps},
+        figures=figures,
+        paper="2505.20288",
+    )
+
+
 _CONTINUOUS_ENTRIES = (
     ZooEntry(
         "kl16",
         family="kl",
         task="tokenizer",
-        repo="jadechoghari/mar",
-        file="kl16.ckpt",
+        repo=_MAR_REPO,
+        file="kl16.safetensors",
         parameters=66.5,
         licence="MIT",
         paper="2406.11838",
     ),
+    _mar("base", 207.9, 2.9, {_FID: 2.31, _UNGUIDED: 3.48}),
+    _mar("large", 478.3, 3.0, {_FID: 1.78, _UNGUIDED: 2.60}),
+    _mar("huge", 942.4, 3.2, {_FID: 1.55, _UNGUIDED: 2.35}),
+    _himar("base", 244.5, (2.5, 2.7), 4, {_FID: 1.93}),
+    _himar("large", 529.2, (3.5, 3.5), 4, {_FID: 1.66}),
+    _himar("huge", 1090.6, (3.2, 5.5), 12, {_FID: 1.52}),
     _xar("base", 172.6, 2.7, 40),
     _xar("large", 608.4, 2.3, 50),
     _xar("huge", 1186.0, 2.2, 50, {_FID: 1.24}),

@@ -12,6 +12,7 @@ _PUBLIC = {
     "ELMPipeline": "pipelines.elm",
     "ARVideoOutput": "pipelines.outputs",
     "LlamaGenPipeline": "pipelines.llamagen",
+    "HiMARPipeline": "pipelines.himar",
     "MARPipeline": "pipelines.mar",
     "NARPipeline": "pipelines.nar",
     "PARPipeline": "pipelines.par",

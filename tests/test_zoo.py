@@ -32,7 +32,7 @@ CONFIG = {"n_head": 4, "block_size": 25}  # what the tiny golden checkpoint's co
 
 
 def test_the_table_holds_every_published_checkpoint():
-    families = ("elm", "flowar", "llamagen", "par", "var", "xar")
+    families = ("elm", "flowar", "himar", "kl", "llamagen", "mar", "par", "var", "xar")
     published = {name: {(e.repo, e.file) for e in zoo.ZOO.values() if e.family == name} for name in families}
     assert published["llamagen"] == {
         *((REPO, f"vq_ds{f}_c2i.pt") for f in (8, 16)),
@@ -49,6 +49,9 @@ def test_the_table_holds_every_published_checkpoint():
     names = [f"{size}-2-{bits}" for size, lengths in sizes.items() for bits in lengths]
     names += [f"{prefix}{size}-1-16" for prefix in ("", "mlm") for size in ("L", "XL", "XXL")]
     coders = {f"bae/bae_{name}/binaryae_ema.th" for name in ("16", "16_deter", "20", "24")}
+    names = {f"mar-{size}.safetensors" for size in ("base", "large", "huge")} | {"kl16.safetensors"}
+    assert published["mar"] | published["kl"] == {("jadechoghari/mar", name) for name in names}
+    assert published["himar"] == {("HiDream-ai/Hi-MAR", f"Hi-MAR-{size}/checkpoint-last.pth") for size in "BLH"}
     assert published["xar"] == {("OliverRen/xAR", f"xAR-{size}.pth") for size in "BLH"}
     assert published["flowar"] == {("OliverRen/FlowAR", f"FlowAR-{size}.pth") for size in "SLH"}
     assert published["elm"] == {("xuantonglll/ELM", file) for file in coders | {f"gpt/{name}.pth" for name in names}}

@@ -139,7 +139,7 @@ class KLTokenizer(VisualTokenizer):
     def embed(self, codes: Codes) -> torch.Tensor:
         """The unscaled latents `[B, N, C]`, what the decoder sees."""
         self.check_latents(codes)
-        return codes.latents / self.scaling_factor
+        return codes.tensor / self.scaling_factor
 
     @apply_forward_hook
     def decode(self, codes: Codes, *, generator: torch.Generator | None = None) -> torch.Tensor:

@@ -72,7 +72,9 @@ def run(args: argparse.Namespace) -> int:
     family = family_module(args.family)
     if args.tokenizer is not None and args.family not in FAMILY_PIPELINES:
         raise ValueError(f"--tokenizer: {args.family} is a family of tokenizers; convert its FILE alone")
-    options = {"config": config, "dtype": getattr(torch, args.dtype) if args.dtype else None, "use_ema": args.use_ema}
+    options = {"config": config, "dtype": getattr(torch, args.dtype) if args.dtype else None}
+    if args.use_ema:  # else as the family's published figures have it
+        options["use_ema"] = True
     if args.tokenizer is None:
         converted = family.convert(args.file, **options)
     else:

@@ -16,6 +16,7 @@ from armm.decoding.next_scale_flow import NextScaleFlowDecoding, NextScaleFlowOu
 from armm.decoding.next_token import NextTokenDecoding
 from armm.decoding.next_x import NextXDecoding, NextXOutput
 from armm.decoding.parallel_groups import ParallelGroupsDecoding
+from armm.decoding.pivots import PivotLatentDecoding
 from armm.decoding.sampling import NoiseSource, Sampler, top_k_filter, top_p_filter
 from armm.decoding.text import TextOutput, decode_text
 from armm.decoding.token_shuffle import TokenShuffleDecoding
@@ -26,6 +27,7 @@ DECODING_STRATEGIES: dict[str, Any] = {
     "masked_latents": MaskedLatentDecoding,
     "masked_tokens": MaskedTokenDecoding,
     "neighboring": NeighboringDecoding,
+    "pivot_latents": PivotLatentDecoding,
     "parallel_groups": ParallelGroupsDecoding,
     "token_shuffle": TokenShuffleDecoding,
     "next_scale": NextScaleDecoding,
@@ -66,6 +68,7 @@ __all__ = [
     "NextXOutput",
     "NoiseSource",
     "ParallelGroupsDecoding",
+    "PivotLatentDecoding",
     "Sampler",
     "TextOutput",
     "TokenShuffleDecoding",

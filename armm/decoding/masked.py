@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -22,7 +22,15 @@ from armm.decoding.solvers.noise import GaussianNoise
 if TYPE_CHECKING:
     from armm.masked_latent_model import MaskedLatentModel
 
-__all__ = ["LatentPhase", "MaskedLatentDecoding", "MaskedLatentOutput", "PlacedNoise", "SchedulerMixin", "draw_tokens", "random_order"]
+__all__ = [
+    "LatentPhase",
+    "MaskedLatentDecoding",
+    "MaskedLatentOutput",
+    "PlacedNoise",
+    "SchedulerMixin",
+    "draw_tokens",
+    "random_order",
+]
 
 
 @dataclass
@@ -229,7 +237,7 @@ def draw_tokens(
     temperature: float,
     guidance: Guidance | None,
     progress: tuple[int, int],
-    **steps: object,
+    **steps: Any,
 ) -> Tensor:
     """Tokens [B, n, C] at `places` [B, n], denoised from noise given their hidden states [B, n, D], or with guidance [2B, n, D].
 

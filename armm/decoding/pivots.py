@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["PivotLatentDecoding", "PivotLatentOutput", "SchedulerMixin"]
 
-Noise = GaussianNoise | torch.Generator | Sequence[torch.Generator] | Sequence[Tensor] | Tensor
+Noise: TypeAlias = GaussianNoise | torch.Generator | Sequence[torch.Generator] | Sequence[Tensor] | Tensor
 
 
 @dataclass
@@ -71,6 +71,10 @@ class PivotLatentDecoding(SchedulerMixin, ConfigMixin):
         self.picture_decoding = MaskedLatentDecoding(num_inference_steps, mask_schedule, head_steps)
         self.pivot_decoding = MaskedLatentDecoding(num_pivot_steps or 1, mask_schedule, pivot_head_steps)
 
+    def num_calls(self, grid: Sequence[int] = (), num_inference_steps: int | None = None) -> int:
+        """Calls of the trunk for the picture, to which `pivot_steps` are added."""
+        return self.picture_decoding.num_calls(grid, num_inference_steps)
+
     def pivot_steps(self, model: PivotLatentModel, num_pivot_steps: int | None = None) -> int:
         """Steps of the first phase."""
         return num_pivot_steps or self.config.num_pivot_steps or 4 * model.pivot_grid[0]
@@ -110,7 +114,7 @@ class PivotLatentDecoding(SchedulerMixin, ConfigMixin):
             raise ValueError(
                 f"orders must be [{condition.batch}, {pivots} + {model.num_tokens}], got {list(orders.shape)}"
             )
-        if noise is None or isinstance(noise, torch.Generator) or isinstance(next(iter(noise), None), torch.Generator):
+        if not isinstance(noise, (Tensor, GaussianNoise)):
             noise = GaussianNoise(noise, condition.batch, device)  # one source for both phases
         shared = {"annealing": annealing, "temperature": temperature, "interrupt": interrupt, "record": record}
         first = self.pivot_decoding(

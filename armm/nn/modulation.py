@@ -44,7 +44,9 @@ class BlockModulation(nn.Module):
     def __init__(self, kind: str, condition_dim: int, dim: int, order: Sequence[str] = NAMES, tasks: int = 0) -> None:
         super().__init__()
         if sorted(order) not in (sorted(NAMES), sorted(WITHOUT_SHIFT)):
-            raise ValueError(f"modulation_order must be an order of {NAMES}, with or without the shifts, got {list(order)}")
+            raise ValueError(
+                f"modulation_order must be an order of {NAMES}, with or without the shifts, got {list(order)}"
+            )
         if kind not in ("block", "shared", "branches", "tasks"):
             raise ValueError(f"modulation must be None, 'block', 'shared', 'branches' or 'tasks', got {kind!r}")
         if kind == "branches" and len(order) != len(NAMES):

@@ -30,9 +30,9 @@ def respaced_timesteps(num_steps: Steps, total: int = 1000) -> list[int]:
     """
     if isinstance(num_steps, str) and num_steps.startswith("ddim"):
         wanted = _number(num_steps.removeprefix("ddim"), num_steps)
-        for stride in range(1, total):
-            if len(range(0, total, stride)) == wanted:
-                return list(range(0, total, stride))
+        for whole in range(1, total):
+            if len(range(0, total, whole)) == wanted:
+                return list(range(0, total, whole))
         raise ValueError(f"num_steps {num_steps!r}: no whole stride gives exactly {wanted} of {total} timesteps")
     if isinstance(num_steps, str):
         sections = [_number(part, num_steps) for part in num_steps.split(",")]
@@ -119,7 +119,7 @@ def _full_alphas_cumprod(total: int) -> Tensor:
 
 
 @lru_cache(maxsize=1024)
-def _tables(num_steps: int | str | tuple[int, ...], last_timestep: int | None, total: int) -> DiffusionTables:
+def _tables(num_steps: Steps, last_timestep: int | None, total: int) -> DiffusionTables:
     timesteps = respaced_timesteps(num_steps, total)
     if last_timestep is not None:
         timesteps = sorted({min(timestep, last_timestep) for timestep in timesteps})
@@ -140,7 +140,7 @@ class DiffusionSolver:
 
     def tables(self, num_steps: Steps, last_timestep: int | None = None) -> DiffusionTables:
         """The process for so many steps; timesteps above `last_timestep` are moved to it, and those that meet there are one."""
-        key = num_steps if isinstance(num_steps, (int, str)) else tuple(num_steps)
+        key = tuple(num_steps) if isinstance(num_steps, list) else num_steps
         return _tables(key, last_timestep, self.num_train_timesteps)
 
     def num_calls(self, num_steps: Steps, last_timestep: int | None = None) -> int:
