@@ -185,10 +185,10 @@ class UnifiedPipeline(ARPipeline):
             )
         return Codes(ids=output.ids, grid=(1, *grid))
 
-    def best_codes(self, prefix: torch.Tensor, codes: Codes, candidates: int) -> Codes:
-        """Of every `candidates` neighboring rows of `codes` the one about which the model would most likely say its prompt.
+    def best_candidates(self, prefix: torch.Tensor, ids: torch.Tensor, candidates: int) -> torch.Tensor:
+        """Of every `candidates` neighboring rows the row about which the model would most likely say its prompt.
 
-        prefix: ids [B, text_slots + 1], one row for each of the B images that are kept.
+        prefix: ids [B, text_slots + 1] of the B images that are kept. ids: codes [B * candidates, N]. Returns row numbers [B].
         """
         words, model = self.words, self.transformer
         lengths = (prefix[:, :-1] != words.pad).sum(1)
@@ -202,15 +202,14 @@ class UnifiedPipeline(ARPipeline):
         text = torch.cat([mark, prefix[:, :longest], pad], 1).scatter(1, lengths[:, None] + 1, words.end)
         scores = text_log_likelihood(
             model,
-            self.null_prefix(len(codes.ids)),
-            codes.ids + len(words),
+            self.null_prefix(len(ids)),
+            ids + len(words),
             text.repeat_interleave(candidates, 0),
             pad_id=words.pad,
             vocabulary=(0, len(words)),
         )
         best = scores.view(-1, candidates).argmax(1)
-        rows = torch.arange(len(prefix), device=best.device) * candidates + best
-        return Codes(ids=codes.ids[rows], grid=codes.grid)
+        return torch.arange(len(prefix), device=best.device) * candidates + best
 
     def fill_codes(
         self,

@@ -93,5 +93,5 @@ class UnifiedTextToImagePipeline(UnifiedPipeline):
             callback_names=callback_on_step_end_tensor_inputs,
         )
         if candidates > 1:
-            codes = self.best_codes(prefix, codes, candidates)
+            codes.ids = codes.ids[self.best_candidates(prefix, codes.ids, candidates)]
         return self.make_output(codes, output_type, return_dict=return_dict, output_codes=output_codes)

@@ -35,8 +35,7 @@ def load_pipeline(task: str, model: Any = None, decoding: str | None = None) -> 
         raise FileNotFoundError(f"model: no folder {str(model)!r}; give a folder written by `save_pretrained`.")
     found = read_index(folder)["_class_name"]
     options = {} if decoding is None else {"decoding": decoding}
-    name = found if found in OTHERS[task] else PIPELINES[task]
-    loaded = getattr(pipelines, name).from_pretrained(folder, **options)
+    loaded = getattr(pipelines, found if found in OTHERS[task] else PIPELINES[task]).from_pretrained(folder, **options)
     loaded.set_progress_bar_config(disable=True)
     return loaded
 
