@@ -9,6 +9,8 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import replace_example_docstring
 
+from tokenizers_visual.codes import Codes
+
 from .outputs import ARPipelineOutput
 from .unified import UnifiedPipeline, candidate_generators
 
@@ -93,5 +95,5 @@ class UnifiedTextToImagePipeline(UnifiedPipeline):
             callback_names=callback_on_step_end_tensor_inputs,
         )
         if candidates > 1:
-            codes.ids = codes.ids[self.best_candidates(prefix, codes.ids, candidates)]
+            codes = Codes(ids=codes.tensor[self.best_candidates(prefix, codes.tensor, candidates)], grid=codes.grid)
         return self.make_output(codes, output_type, return_dict=return_dict, output_codes=output_codes)
