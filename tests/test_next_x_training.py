@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from armm.evaluation.common import load_pipeline
 from armm.training import load_recipe, run
 from armm.training.task import build_task
 from pipelines.next_x_text_to_image import NextXTextToImagePipeline
@@ -57,8 +58,8 @@ def test_every_recipe_trains_and_its_export_draws(path, root):
     export = run(tiny(path, root), progress=False)
     figures = [json.loads(line) for line in (root / path.stem / "log.jsonl").read_text().splitlines()]
     assert any("prompt_gain" in json.dumps(entry) for entry in figures)
-    pipe = NextXTextToImagePipeline.from_pretrained(export)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = load_pipeline("text-to-image", export)  # as `armm evaluate` does
+    assert type(pipe) is NextXTextToImagePipeline
     assert pipe.transformer.dtype == torch.float32
     assert pipe.decoding.config.entity == path.stem.split("-")[3] and pipe.grid == (8, 8)
     prompts = ["a small red sphere", "a large blue cube behind a green cone"]

@@ -77,11 +77,11 @@ def write_texts(
         for slot, ids in enumerate(_write_captions(scenes, index, rng, words, captions_per_scene, text_slots)):
             captions[index, slot, : len(ids)] = torch.tensor(ids, dtype=torch.int16)
         asked = _pick_questions(scenes, index, rng, questions_per_scene)
-        encoded = words.encode_batch([text for question, answer, _ in asked for text in (question, answer)])
-        for number, (_, _, kind) in enumerate(asked):
+        encoded = words.encode_batch([text for item in asked for text in (item.question, item.answer)])
+        for number, item in enumerate(asked):
             question_ids, answer_ids = encoded[2 * number], encoded[2 * number + 1]
             tokens = [words.question, *question_ids, words.answer, *answer_ids, words.end]
-            rows.append((tokens, 1 + len(question_ids), kind))
+            rows.append((tokens, 1 + len(question_ids), item.type))
     length = max(len(tokens) for tokens, _, _ in rows)
     questions_out = torch.full((count * questions_per_scene, length), words.pad, dtype=torch.int16)
     for number, (tokens, _, _) in enumerate(rows):
