@@ -44,6 +44,7 @@ PUBLIC_NAMES: dict[str, str] = {
     "VARPipeline": "pipelines.var",
     "XARPipeline": "pipelines.xar",
     "FlowARPipeline": "pipelines.flowar",
+    "MARTextToImagePipeline": "pipelines.mar_text_to_image",
     "NextXTextToImagePipeline": "pipelines.next_x_text_to_image",
     "UnifiedTextToImagePipeline": "pipelines.unified_text_to_image",
     "UnifiedImageToTextPipeline": "pipelines.unified_image_to_text",

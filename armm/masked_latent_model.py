@@ -32,14 +32,16 @@ class MaskedLatentModel(TrunkModel):
         grid: (height, width) of a picture in latents.
         patch_size: p.
         num_classes: of the condition; class `num_classes` stands for "no class".
-        condition_tokens: how many times the class embedding is fed, told apart by positions only.
+        condition_tokens: how many times the class embedding is fed, told apart by positions only; or the words of a caption.
         encoder, decoder: keyword arguments of `ARTransformer`, of one width; `learned_positions` and the encoder's `input_norm` are
             filled in.
         head: `{"type": "mlp", **arguments}`, see `build_diffusion_head`.
+        vocab_size: words, for models of captions, which have no classes (num_classes 0).
     """
 
     _skip_layerwise_casting_patterns = ["norm", "position", "embedding"]
     head: nn.Module
+    text_embedding: nn.Embedding | None
 
     @register_to_config
     def __init__(
@@ -52,9 +54,16 @@ class MaskedLatentModel(TrunkModel):
         encoder: dict | None = None,
         decoder: dict | None = None,
         head: dict | None = None,
+        vocab_size: int = 0,
     ) -> None:
         super().__init__()
+        if (vocab_size > 0) == (num_classes > 0):
+            raise ValueError(
+                f"vocab_size={vocab_size} and num_classes={num_classes}: one of them must be 0, the other not"
+            )
         self._build(latent_channels, grid, patch_size, num_classes, condition_tokens, encoder, decoder, head)
+        if vocab_size:
+            self.text_embedding = nn.Embedding(vocab_size, self.encoder.dim)
         self._initialize()
 
     def _build(
@@ -72,10 +81,10 @@ class MaskedLatentModel(TrunkModel):
     ) -> None:
         """The modules. extra_tokens: in front of the picture's. phases: sets of positions; more than one have a mask token for each
         position."""
-        named = {"latent_channels": latent_channels, "patch_size": patch_size, "num_classes": num_classes}
+        named = {"latent_channels": latent_channels, "patch_size": patch_size}
         named |= {"condition_tokens": condition_tokens, "grid height": grid[0], "grid width": grid[1]}
-        for name, value in named.items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        for name, value in {**named, "num_classes": num_classes}.items():
+            if isinstance(value, bool) or not isinstance(value, int) or value < (0 if name == "num_classes" else 1):
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
         if len(grid) != 2 or grid[0] % patch_size or grid[1] % patch_size:
             raise ValueError(
@@ -93,6 +102,7 @@ class MaskedLatentModel(TrunkModel):
         if self.decoder.dim != dim:
             raise ValueError(f"encoder and decoder must have one width, got {dim} and {self.decoder.dim}")
         self.class_embedding = LabelEmbedding(num_classes, dim)
+        self.text_embedding = None
         self.token_projection = nn.Linear(self.token_channels, dim)
         self.decoder_projection = nn.Linear(dim, dim)
         self.mask_token = nn.Parameter(torch.zeros(1 if phases == 1 else phases * self.sequence_length, dim))
@@ -106,6 +116,8 @@ class MaskedLatentModel(TrunkModel):
             nn.init.zeros_(layer.bias)
         for weight in (self.mask_token, self.output_position, self.class_embedding.embedding.weight):
             nn.init.normal_(weight, std=0.02)
+        if self.text_embedding is not None:
+            nn.init.normal_(self.text_embedding.weight, std=0.02)
 
     @property
     def stacks(self) -> tuple[ARTransformer, ...]:
@@ -114,6 +126,15 @@ class MaskedLatentModel(TrunkModel):
     @property
     def num_classes(self) -> int:
         return self.class_embedding.num_classes
+
+    @property
+    def vocab_size(self) -> int:
+        return 0 if self.text_embedding is None else self.text_embedding.num_embeddings
+
+    @property
+    def text_length(self) -> int:
+        """The largest number of words of a caption."""
+        return self.condition_tokens if self.vocab_size else 0
 
     # Latents and tokens.
 
@@ -138,6 +159,15 @@ class MaskedLatentModel(TrunkModel):
     def condition(self, labels: Tensor) -> Condition:
         """Class `labels` [B] -> what the model is conditioned on; label `num_classes` is no class."""
         return self._condition(self.class_embedding(self.class_embedding.checked(labels))[:, 0])
+
+    @apply_forward_hook
+    def caption_condition(self, ids: Tensor) -> Condition:
+        """Words `ids` [B, condition_tokens], padded -> the condition."""
+        if self.text_embedding is None:
+            raise ValueError("this model has no words (vocab_size=0): it is conditioned on classes")
+        if ids.dim() != 2 or ids.shape[1] != self.condition_tokens:
+            raise ValueError(f"ids must be [batch, {self.condition_tokens} words], got {tuple(ids.shape)}")
+        return Condition(self.text_embedding(ids), bidirectional=self.condition_tokens)
 
     @apply_forward_hook
     def mixed_condition(self, weights: Tensor) -> Condition:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
-
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.modeling_utils import ModelMixin
-from torch import Tensor, nn
+from torch import nn
 
-from armm.int8_weights import unpack_rows
+from armm.nn.int8_weights import Int8Weights
 from armm.transformer import ARTransformer
 
 __all__ = ["TrunkModel"]
 
 
-class TrunkModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
+class TrunkModel(Int8Weights, ModelMixin, ConfigMixin, PeftAdapterMixin):
     """A model with a `trunk` (`ARTransformer`) and a `head`. Subclasses add what turns a request into embeddings.
 
     Models of several stacks name them in `stacks` instead of having a trunk.
@@ -38,11 +36,6 @@ class TrunkModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
     def __getattr__(self, name: str):
         # Submodules only: diffusers would also look in the config, where an entry may have a submodule's name.
         return nn.Module.__getattr__(self, name)
-
-    def _fix_state_dict_keys_on_load(self, state_dict: MutableMapping[str, Tensor]) -> None:
-        # Called by diffusers between reading a file and filling the parameters. See `armm.int8_weights`.
-        unpack_rows(state_dict)
-        super()._fix_state_dict_keys_on_load(state_dict)
 
     def fuse_projections(self) -> None:
         """Prepare for fast inference; see `ARTransformer.fuse_projections`. Parameters keep their names."""

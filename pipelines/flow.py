@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -38,9 +39,9 @@ class FlowPipeline(ContinuousPipeline):
     min_flow_steps: ClassVar[int] = 1
 
     @property
+    @abstractmethod
     def num_entities(self) -> int:
         """How many entities a picture is made of, one after the other."""
-        raise NotImplementedError
 
     def conditions(self, request: Any, num_images_per_prompt: int) -> tuple[int, Callable[[], Any], Callable[[], Any]]:
         """The number of images of a request, and what makes its condition and what stands for none; here of class labels."""

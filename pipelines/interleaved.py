@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -121,9 +122,9 @@ class InterleavedPipeline(ARPipeline):
         """The sides of images are multiples of so many pixels."""
         return self.block.cells * self.tokenizer.downsample
 
+    @abstractmethod
     def prepare_image(self, image: PIL.Image.Image) -> PIL.Image.Image:
         """An RGB picture of a size that the model can read."""
-        raise NotImplementedError
 
     def encode_image(self, image: Any) -> list[int]:
         """The ids that stand for a PIL image, an array [H, W, 3] or a tensor [3, H, W] (uint8, or floats in [0, 1])."""
@@ -147,9 +148,9 @@ class InterleavedPipeline(ARPipeline):
 
     # ------------------------------------------------------------------ the loop
 
+    @abstractmethod
     def samplers(self, settings: Mapping[str, Any]) -> tuple[Sampler, Sampler]:
         """The samplers of text and of images for the settings of a call."""
-        raise NotImplementedError
 
     def guidance_of(self, settings: Mapping[str, Any]) -> ContextGuidance:
         """The guidance of images for the settings of a call."""

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 
-from armm.int8_weights import parameter_names
+from armm.nn.int8_weights import parameter_names
 
 logger = logging.getLogger(__name__)
 

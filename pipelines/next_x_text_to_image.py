@@ -13,9 +13,9 @@ from armm.decoding.next_x import NextXDecoding
 from armm.next_x_model import NextXModel
 from tokenizers_visual.kl_tokenizer import KLTokenizer
 
+from .captioned import CaptionedPipeline
 from .flow import FlowPipeline
 from .outputs import ARPipelineOutput
-from .text import WordTokenizer
 
 __all__ = ["DiffusionPipeline", "NextXTextToImagePipeline"]
 
@@ -30,7 +30,7 @@ EXAMPLE_DOC_STRING = """
 """
 
 
-class NextXTextToImagePipeline(FlowPipeline):
+class NextXTextToImagePipeline(CaptionedPipeline, FlowPipeline):
     """Draws images from text with a model trained by `armm train recipes/scenes-next-x-cell-64.yaml` (or another entity).
 
     Args:
@@ -52,43 +52,13 @@ class NextXTextToImagePipeline(FlowPipeline):
         generation_config: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        if not vocabulary:
-            raise ValueError("`vocabulary` must list the words of the model: it is kept in model_index.json.")
-        if transformer is not None and transformer.vocab_size != len(vocabulary):
-            raise ValueError(
-                f"`transformer` knows {transformer.vocab_size} words, `vocabulary` lists {len(vocabulary)}: they do not belong together."
-            )
         self.register_components(tokenizer, transformer, decoding, generation_config)
-        self.register_to_config(vocabulary=list(vocabulary))
-        self.words = WordTokenizer(vocabulary)
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> NextXTextToImagePipeline:
-        """As `ARPipeline.from_pretrained`; without `dtype` the weights are computed with in float32, however they are stored."""
-        if kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None:
-            kwargs["dtype"] = torch.float32
-        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)  # type: ignore[return-value]
+        self.register_vocabulary(vocabulary, transformer)
 
     @property
     def num_entities(self) -> int:
         """How many entities a picture is made of, one after the other."""
         return len(self.decoding.plan(self.grid).sizes)
-
-    def conditions(self, request: Any, num_images_per_prompt: int) -> tuple[int, Callable[[], Any], Callable[[], Any]]:
-        """The number of images of prompts, and what makes their condition and what stands for none."""
-        prompts = [request] if isinstance(request, str) else request
-        if not isinstance(prompts, (list, tuple)):
-            raise TypeError(f"`prompt` must be a string or a list of strings, got {type(request).__name__}.")
-        if not prompts:
-            raise ValueError("`prompt` is an empty list: give at least one prompt.")
-        slots = self.transformer.text_length
-        rows = [self.words.encode(text, "prompt", slots) for text in prompts for _ in range(num_images_per_prompt)]
-
-        def condition(rows: Sequence[list[int]]) -> Any:
-            padded = [ids + [self.words.pad] * (slots - len(ids)) for ids in rows]
-            return self.transformer.caption_condition(torch.tensor(padded, device=self._execution_device))
-
-        return len(rows), lambda: condition(rows), lambda: condition([[self.words.null]] * len(rows))
 
     @torch.no_grad()
     @replace_example_docstring(EXAMPLE_DOC_STRING)

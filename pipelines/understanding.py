@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -56,18 +57,18 @@ class UnderstandingPipeline(ARPipeline):
     _accelerations: ClassVar[tuple[type[Acceleration], ...]] = (VisualPruning,)
 
     @property
+    @abstractmethod
     def stop_id(self) -> int:
         """The id that ends a text."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def text_range(self) -> tuple[int, int]:
         """(low, high) of the ids that may be said."""
-        raise NotImplementedError
 
+    @abstractmethod
     def decode_words(self, ids: Sequence[int]) -> str:
         """The text of ids."""
-        raise NotImplementedError
 
     # ------------------------------------------------------------------ writing
 
@@ -219,13 +220,13 @@ class UnderstandingPipeline(ARPipeline):
 
     # ------------------------------------------------------------------ explaining
 
+    @abstractmethod
     def readings(self, image: Any, question: Any = None, **options: Any) -> list[Reading]:
         """The prompts of a request."""
-        raise NotImplementedError
 
+    @abstractmethod
     def seen(self, image: Any) -> PIL.Image.Image:
         """One image as the model sees it."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def explain(

@@ -12,6 +12,8 @@ _CACHE = tempfile.TemporaryDirectory(prefix="armm-tests-")
 os.environ["HF_HOME"] = _CACHE.name
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if "PYTEST_XDIST_WORKER" in os.environ:  # a test process for each core: more threads would only get in each other's way
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 LOOPBACK = ("127.", "::1", "localhost", "0.0.0.0")
 

@@ -13,8 +13,8 @@ from tiny_unified import ANSWERS, CODES, GRID, SLOTS, unified_pipeline
 
 import armm
 from armm.decoding import NeighboringDecoding, NextTokenDecoding, TokenShuffleDecoding
-from armm.int8_weights import pack_file, pack_rows, unpack_rows
 from armm.model import AutoregressiveModel
+from armm.nn.int8_weights import pack_file, pack_rows, unpack_rows
 from armm.training.tasks.unified_start import start_from
 from pipelines import ARPipeline, decodings
 from pipelines.unified_text_to_image import UnifiedTextToImagePipeline
@@ -153,13 +153,15 @@ def test_learned_positions_of_windows_start_as_the_mean_of_their_tokens():
 
 
 def test_int8_rows_round_trip_within_half_a_step():
-    weights = {"a.weight": torch.randn(5, 64), "norm.weight": torch.randn(64), "zero.weight": torch.zeros(3, 32)}
+    weights = {"a.weight": torch.randn(5, 64), "zero.weight": torch.zeros(3, 32)}
+    weights |= {"conv.weight": torch.randn(4, 2, 3, 3), "norm.weight": torch.randn(64)}
     packed = pack_rows(weights)
     assert packed["a.weight"].dtype == torch.int8 and packed["norm.weight"].dtype == torch.float32
     unpack_rows(packed)
     assert packed.keys() == weights.keys()
-    step = weights["a.weight"].abs().amax(1, keepdim=True) / 127
-    assert ((packed["a.weight"] - weights["a.weight"]).abs() <= 0.5001 * step).all()
+    for name in ("a.weight", "conv.weight"):
+        rows, originals = packed[name].flatten(1), weights[name].flatten(1)
+        assert ((rows - originals).abs() <= 0.5001 * originals.abs().amax(1, keepdim=True) / 127).all()
     assert torch.equal(packed["norm.weight"], weights["norm.weight"]) and not packed["zero.weight"].any()
 
 

@@ -7,12 +7,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from armm.evaluation.common import load_pipeline
+from armm.masked_latent_model import MaskedLatentModel
+from armm.model import AutoregressiveModel
+from armm.next_x_model import NextXModel
 from armm.training import load_recipe, run
 from armm.training.task import build_task
+from armm.training.tasks.kl_start import kl_from_vq
+from armm.training.tasks.next_x_start import start_from_unified
+from pipelines.mar_text_to_image import MARTextToImagePipeline
 from pipelines.next_x_text_to_image import NextXTextToImagePipeline
 from tokenizers_visual.kl_tokenizer import KLTokenizer
+from tokenizers_visual.vq_tokenizer import VQTokenizer
 
 RECIPES = sorted((Path(__file__).resolve().parents[1] / "recipes").glob("scenes-next-x-*.yaml"))
 
@@ -39,6 +47,7 @@ def tiny(path: Path, root: Path, **overrides):
         "validate_every": 2,
         "sample_every": 0,
         "model.compile": False,
+        "model.start": None,
         "model.transformer.dim": 16,
         "model.transformer.num_layers": 2,
         "model.transformer.num_heads": 2,
@@ -154,23 +163,189 @@ def test_vocabulary_and_transformer_belong_together(root):
 
 def test_the_recipe_of_the_tokenizer_trains(tmp_path):
     path = RECIPES[0].parent / "scenes-kl-tokenizer-64.yaml"
+    small = {"base_channels": 8, "norm_groups": 4, "patch_size": 2}
+    multipliers = [1, 1, 2]
+    vq = VQTokenizer(**small, encoder_multipliers=multipliers, decoder_multipliers=multipliers, codebook_dim=4)
+    vq.save_pretrained(tmp_path / "vq")
     values = {
         "output": str(tmp_path / "run"),
         "steps": 3,
         "batch_size": 4,
         "precision": "no",
-        "model.base_channels": 8,
-        "model.latent_channels": 4,
+        "model.start": str(tmp_path / "vq"),
         "data.scenes": 8,
         "data.validation": 4,
         "validate_every": 3,
         "sample_every": 3,
     }
-    tokenizer = KLTokenizer.from_pretrained(run(load_recipe(path, values), progress=False), dtype=torch.float32)
+    export = run(load_recipe(path, values), progress=False)
+    with safe_open(export / "diffusion_pytorch_model.safetensors", "pt") as file:
+        assert file.get_slice("decoder.conv_in.weight").get_dtype() == "I8"
+    tokenizer = KLTokenizer.from_pretrained(export, dtype=torch.float32)
     assert tokenizer.downsample == 8 and tokenizer.scaling_factor != 0.2325
     pixels = torch.rand(2, 3, 64, 64) * 2 - 1
     assert tokenizer.decode(tokenizer.encode(pixels)).shape == pixels.shape
     posterior = tokenizer.posterior(pixels)
     assert torch.allclose(tokenizer.encode(pixels).latents, posterior.mean.flatten(2).mT * tokenizer.scaling_factor)
+    again = build_task(load_recipe(path, {**values, "model.start": str(export)}))  # or from a KL tokenizer
+    torch.testing.assert_close(again.tokenizer.decoder.conv_in.weight, tokenizer.decoder.conv_in.weight)
+    scratch = {**small, "channel_multipliers": multipliers, "latent_channels": 4}
+    assert build_task(load_recipe(path, {**values, "model": scratch})).tokenizer.latent_channels == 4
     with pytest.raises(ValueError, match="channels"):
-        build_task(load_recipe(path, {**values, "model.channels": 8}))
+        build_task(load_recipe(path, {**values, "model": {**scratch, "channels": 8}}))
+
+
+# ---------------------------------------------------------------------- masked autoregression
+
+
+def tiny_mar_recipe(root: Path, **overrides):
+    small = {"dim": 16, "num_layers": 2, "num_heads": 2, "mlp_hidden": 24}
+    values = {
+        "output": str(root / "mar"),
+        "steps": 2,
+        "batch_size": 4,
+        "precision": "no",
+        "validate_every": 2,
+        "sample_every": 0,
+        "model.encoder": small,
+        "model.decoder": small,
+        "model.head": {"type": "mlp", "width": 16, "depth": 1},
+        "model.generation.head_steps": "3,1,0",
+        "model.generation.num_inference_steps": 3,
+        "data.tokenizer": str(root / "tokenizer"),
+        "data.scenes": 16,
+        "data.validation": 4,
+        "data.captions": 3,
+    }
+    return load_recipe(RECIPES[0].parent / "scenes-mar-64.yaml", {**values, **overrides})
+
+
+def test_the_recipe_of_masked_autoregression_trains_and_its_export_draws_and_redraws(root):
+    export = run(tiny_mar_recipe(root), progress=False)
+    assert "prompt_gain" in (root / "mar" / "log.jsonl").read_text()
+    pipe = load_pipeline("text-to-image", export)
+    assert type(pipe) is MARTextToImagePipeline and pipe.transformer.dtype == torch.float32
+    prompts = ["a small red sphere", "a large blue cube behind a green cone"]
+    for module in pipe.transformer.head.modules():  # two steps move what began as zero too little
+        if isinstance(module, torch.nn.Linear):
+            torch.nn.init.normal_(module.weight, std=0.3)
+
+    def draw(prompts, *seeds, **options):
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        return pipe(prompts, generator=generators, output_type="latent", **options).images
+
+    both = draw(prompts, 1, 2)
+    assert both.shape == (2, 64, 4) and torch.allclose(draw(prompts[1], 2)[0], both[1], atol=1e-4)
+    assert not torch.allclose(draw(prompts[0], 2)[0], both[1], atol=1e-4), "the prompt does not matter"
+    mask = torch.zeros(1, 64, 64)
+    mask[:, :, 32:] = 1
+    redrawn = draw(prompts[0], 3, latents=both[1:], mask_image=mask)
+    left = torch.arange(64).view(8, 8)[:, :4].flatten()
+    assert torch.equal(redrawn[0, left], both[1, left]) and not torch.equal(redrawn, both[1:])
+    with pytest.raises(ValueError, match="3 prompts and 2 images"):
+        draw([*prompts, "a cone"], 1, 2, 3, latents=both, mask_image=mask)
+
+
+def test_the_loss_of_masked_autoregression_falls(root):
+    task = build_task(tiny_mar_recipe(root, **{"output": str(root / "mar-falls"), "model.repeat": 2}))
+    task.prepare(torch.device("cpu"))
+    batch = task.batch(0, 8, 0)
+    assert batch["kept"].shape[1] + batch["masked"].shape[1] == 64 and batch["masked"].shape[1] >= 45
+    assert batch["noise"].shape == (8, 2 * batch["masked"].shape[1], 4)
+    together = torch.cat([batch["kept"], batch["masked"]], 1).sort(1).values
+    assert torch.equal(together, torch.arange(64).expand(8, -1))
+    optimizer = torch.optim.Adam(task.module.parameters(), 3e-3)
+    losses = []
+    for _ in range(40):
+        loss = task.batch_loss(batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_masked_autoregression_refuses_bad_recipes(root):
+    for overrides, message in (
+        ({"model.compile": True}, "must be false"),
+        ({"model.decoding": {"entity": "cell"}}, "entity"),
+        ({"data.tokenizer": None}, "must name the directory"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            build_task(tiny_mar_recipe(root, **overrides))
+    with pytest.raises(ValueError, match="one of them must be 0"):
+        MaskedLatentModel(num_classes=3, vocab_size=4)
+
+
+# ---------------------------------------------------------------------- going on from other weights
+
+
+def test_a_kl_tokenizer_can_start_from_a_vq_tokenizer():
+    torch.manual_seed(0)
+    vq = VQTokenizer(
+        base_channels=8,
+        encoder_multipliers=[1, 2],
+        decoder_multipliers=[1, 2],
+        num_res_blocks=[1, 2],
+        decoder_res_blocks=[2, 1],
+        z_channels=12,
+        codebook_size=16,
+        codebook_dim=4,
+        norm_groups=4,
+        patch_size=2,
+    )
+    torch.nn.init.zeros_(vq.post_quant_conv.bias)  # elsewhere the border of the picture would differ
+    kl = kl_from_vq(vq)
+    pixels = torch.rand(2, 3, 16, 24) * 2 - 1
+    features = vq.features(pixels)
+    posterior = kl.posterior(pixels)
+    torch.testing.assert_close(posterior.mean, features, atol=1e-5, rtol=1e-4)
+    assert posterior.std.max() < 0.06
+    torch.testing.assert_close(
+        kl.decode_features(features), vq.decoder(vq.post_quant_conv(features)), atol=1e-5, rtol=1e-4
+    )
+    with pytest.raises(ValueError, match="encoder_multipliers and decoder_multipliers differ"):
+        kl_from_vq(VQTokenizer(base_channels=8, encoder_multipliers=[1, 2], decoder_multipliers=[2, 1], norm_groups=4))
+
+
+def unified_and_next_x(**options):
+    torch.manual_seed(0)
+    shared = {"dim": 16, "num_layers": 2, "num_heads": 2, "mlp_hidden": 24, "rotary_axes": [2, 2, 4], "qk_norm": "rms"}
+    other = AutoregressiveModel(
+        vocab_size=30, grid=[4, 4], text_slots=5, answer_slots=3, transformer={**shared, "learned_positions": 25}
+    )
+    for parameter in other.parameters():
+        torch.nn.init.normal_(parameter)
+    extra = {"norm_affine": False, "modulation": "shared", "learned_positions": 21, **options}
+    model = NextXModel(
+        latent_channels=4, grid=[4, 4], num_classes=0, vocab_size=20, text_length=5, transformer={**shared, **extra}
+    )
+    return other, model
+
+
+@pytest.mark.parametrize("options", [{}, {"norm_affine": True}], ids=["folded norms", "own norms"])
+def test_a_next_x_model_can_start_from_a_unified_one(options):
+    other, model = unified_and_next_x(**options)
+    fresh = start_from_unified(model, other, words=20)
+    assert {name.partition(".")[0] for name in fresh} <= {
+        "trunk",
+        "latent_projection",
+        "time_embedding",
+        "head",
+        "class_embedding",
+    }
+    assert all("modulation.linear" in name or "norm" in name for name in fresh if name.startswith("trunk"))
+    torch.nn.init.zeros_(model.trunk.shared_modulation.linear.weight)
+    x, table = torch.randn(2, 6, 16), other.positions_for(torch.arange(6))
+    own = model.trunk.position_table(other.layout().coordinates[:6], index=torch.arange(6))
+    condition = model.trunk.shared_modulation(torch.randn(2, 6, 16))
+    for ours, theirs in zip(model.trunk.blocks, other.trunk.blocks, strict=True):
+        after = ours(x, rotary=own.rotary, condition=condition)
+        x = theirs(x, rotary=table.rotary)
+        torch.testing.assert_close(after, x, atol=1e-4, rtol=1e-3)
+    positions, source = (m.trunk.position_embedding.weight for m in (model, other))
+    torch.testing.assert_close(positions[:16], source[6:22])
+    torch.testing.assert_close(positions[16:], source[:5])
+    torch.testing.assert_close(model.text_embedding.weight, other.token_embedding.weight[:20])
+    with pytest.raises(ValueError, match="must be the same"):
+        start_from_unified(model, other, words=19)

@@ -230,6 +230,11 @@ class ConvDecoder(nn.Module):
         return F.pixel_shuffle(x, self.patch_size) if self.patch_size > 1 else x
 
 
+def one_more(number: int | Sequence[int]) -> int | list[int]:
+    """What decoders have by default: a residual block more than the encoder on every level."""
+    return number + 1 if isinstance(number, int) else [value + 1 for value in number]
+
+
 def _per_level(number: int | Sequence[int], levels: int) -> list[int]:
     numbers = [number] * levels if isinstance(number, int) else list(number)
     if len(numbers) != levels:

@@ -7,10 +7,12 @@ from abc import abstractmethod
 import torch
 from diffusers import ConfigMixin, ModelMixin
 
+from armm.nn.int8_weights import Int8Weights
+
 from .codes import Codes
 
 
-class VisualTokenizer(ModelMixin, ConfigMixin):
+class VisualTokenizer(Int8Weights, ModelMixin, ConfigMixin):
     """Pixels <-> codes.
 
     Pixels are float `[B, 3, H, W]` in [-1, 1] (videos `[B, 3, T, H, W]`) whatever range a family used inside.
@@ -75,7 +77,9 @@ class VisualTokenizer(ModelMixin, ConfigMixin):
     def check_ids(self, codes: Codes) -> None:
         """Raises ValueError unless `codes` hold one id of this tokenizer's codebook for each position."""
         if codes.ids is None or codes.ids.ndim != 2:
-            raise ValueError("`codes` must hold discrete `ids` of shape [B, N]: this tokenizer has one id per position.")
+            raise ValueError(
+                "`codes` must hold discrete `ids` of shape [B, N]: this tokenizer has one id per position."
+            )
         low, high = codes.ids.aminmax()
         if low < 0 or high >= self.codebook_size:
             raise ValueError(

@@ -11,7 +11,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
-from .autoencoder import ConvDecoder, ConvEncoder
+from .autoencoder import ConvDecoder, ConvEncoder, one_more
 from .base import VisualTokenizer
 from .codes import Codes
 
@@ -28,7 +28,7 @@ class KLTokenizer(VisualTokenizer):
         in_channels: channels of the pixels.
         base_channels: width at the highest resolution, of both coders.
         channel_multipliers: width of each level relative to `base_channels`, highest resolution first.
-        num_res_blocks: residual blocks of each encoder level; the decoder has one more.
+        num_res_blocks: residual blocks of each encoder level; the decoder has one more unless `decoder_res_blocks` says.
         latent_channels: width of a latent.
         encoder_attention, decoder_attention: attention after each block of the lowest resolution, or one flag for each level.
         scaling_factor: latents in codes are the autoencoder's times this, so that they have about unit variance.
@@ -47,7 +47,8 @@ class KLTokenizer(VisualTokenizer):
         in_channels: int = 3,
         base_channels: int = 128,
         channel_multipliers: Sequence[int] = (1, 1, 2, 2, 4),
-        num_res_blocks: int = 2,
+        num_res_blocks: int | Sequence[int] = 2,
+        decoder_res_blocks: int | Sequence[int] | None = None,
         latent_channels: int = 16,
         encoder_attention: bool | Sequence[bool] = True,
         decoder_attention: bool | Sequence[bool] = False,
@@ -62,6 +63,8 @@ class KLTokenizer(VisualTokenizer):
             raise ValueError(f"`norm_groups` {norm_groups} must divide every width, got widths {sorted(widths)}.")
         if not scaling_factor > 0:
             raise ValueError(f"`scaling_factor` must be a positive number, got {scaling_factor!r}.")
+        if decoder_res_blocks is None:
+            decoder_res_blocks = one_more(num_res_blocks)
         self.encoder = ConvEncoder(
             in_channels,
             base_channels,
@@ -77,7 +80,7 @@ class KLTokenizer(VisualTokenizer):
             in_channels,
             base_channels,
             channel_multipliers,
-            num_res_blocks + 1,
+            decoder_res_blocks,
             latent_channels,
             use_attention=decoder_attention,
             mid_attention=mid_attention,

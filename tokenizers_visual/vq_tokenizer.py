@@ -11,7 +11,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
-from .autoencoder import ConvDecoder, ConvEncoder
+from .autoencoder import ConvDecoder, ConvEncoder, one_more
 from .base import VisualTokenizer
 from .codes import Codes
 from .quantizers import Quantized, VectorQuantizer
@@ -71,9 +71,7 @@ class VQTokenizer(VisualTokenizer):
         if any(width % norm_groups for width in widths):
             raise ValueError(f"`norm_groups` {norm_groups} must divide every width, got widths {sorted(widths)}.")
         if decoder_res_blocks is None:
-            decoder_res_blocks = (
-                num_res_blocks + 1 if isinstance(num_res_blocks, int) else [number + 1 for number in num_res_blocks]
-            )
+            decoder_res_blocks = one_more(num_res_blocks)
         shared: dict[str, Any] = {"patch_size": patch_size, "mid_attention": mid_attention, "norm_groups": norm_groups}
         self.encoder = ConvEncoder(
             in_channels,

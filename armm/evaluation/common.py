@@ -18,7 +18,7 @@ from .recogniser import SceneRecogniser
 
 PIPELINES = {"text-to-image": "UnifiedTextToImagePipeline", "image-to-text": "UnifiedImageToTextPipeline"}
 # Other pipelines that do a task with the same call; a folder says whether it holds one of them.
-OTHERS = {"text-to-image": ("NextXTextToImagePipeline",), "image-to-text": ()}
+OTHERS = {"text-to-image": ("NextXTextToImagePipeline", "MARTextToImagePipeline"), "image-to-text": ()}
 PIPELINE_WEIGHTS = "scenes"
 RECOGNISER_WEIGHTS = "scenes-recogniser"
 # Added to every seed, so that no evaluation draws the sequence of scenes that a training recipe names by the same number.

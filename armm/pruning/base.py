@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -23,6 +24,7 @@ class VisualPruning(Acceleration):
 
     name: ClassVar[str] = "pruning of image tokens"
 
+    @abstractmethod
     def begin(
         self,
         model: AutoregressiveModel,
@@ -38,7 +40,6 @@ class VisualPruning(Acceleration):
             images: (first, behind the last) of the tokens of each image in it.
             following: position ids [1, M] of the tokens that will be fed after it.
         """
-        raise NotImplementedError
 
 
 class PruningRun(LayerHook):
@@ -104,9 +105,9 @@ class PruningRun(LayerHook):
             x, rotary, mask = self._gather(x, rotary, mask, keep)
         return x, rotary, mask, causal
 
+    @abstractmethod
     def keep(self, layer: int, x: Tensor, rotary: Tensor | None) -> Tensor | None:
         """Which of the tokens alive go on behind `layer`, sorted; None is all."""
-        raise NotImplementedError
 
     def _gather(
         self, x: Tensor, rotary: Tensor | None, mask: Tensor | None, keep: Tensor

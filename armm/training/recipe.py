@@ -73,7 +73,7 @@ class Recipe:
         steps: optimizer steps in all.
         batch_size: rows of a step of one process: a number, or `[[from_fraction, size], ...]` to change it on the way.
         precision: autocast dtype; "bf16" is several times faster than "no" where the processor has it.
-        export_dtype: dtype of the exported weights; "int8" (transformers only) stores matrices as integers with a scale per row.
+        export_dtype: dtype of the exported weights; "int8" stores matrices as integers with a scale per row.
         checkpoint_minutes: minutes between checkpoints.
         log_every, validate_every, sample_every: steps; 0 turns it off.
         model, data, loss: mappings that the task reads; unknown keys are errors.

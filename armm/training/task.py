@@ -17,6 +17,7 @@ from .recipe import Recipe
 TASKS = {
     "vq_tokenizer": "armm.training.tasks.vq_tokenizer:VQTokenizerTask",
     "kl_tokenizer": "armm.training.tasks.kl_tokenizer:KLTokenizerTask",
+    "masked_latent": "armm.training.tasks.masked_latent:MaskedLatentTask",
     "next_x": "armm.training.tasks.next_x:NextXTask",
     "unified": "armm.training.tasks.unified:UnifiedTask",
     "recogniser": "armm.training.tasks.recogniser:RecogniserTask",

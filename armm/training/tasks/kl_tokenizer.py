@@ -6,26 +6,32 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 
 from armm.data.scenes import SceneDataset, object_map
+from armm.nn.int8_weights import pack_file
 from armm.training.images import save_grid, to_pixels
 from armm.training.recipe import Recipe, take
 from armm.training.task import Batch, TrainingTask, cast_weights, fresh_copy
 from tokenizers_visual.kl_tokenizer import KLTokenizer
+from tokenizers_visual.vq_tokenizer import VQTokenizer
 
+from .kl_start import kl_from_vq
 from .vq_tokenizer import gradient_loss
 
 
 class KLTokenizerTask(TrainingTask):
     """Recipe mappings:
 
-    model: arguments of `KLTokenizer`; or `start`: the directory of a trained one to continue from. `scaling_factor` is measured at
-        the end, so that latents have unit variance.
+    model: arguments of `KLTokenizer`; or `start`: the directory of a trained one, or of a `VQTokenizer`, to continue from.
+        `scaling_factor` is measured at the end, so that latents have unit variance.
     data: scenes (how many are rendered once), size (pixels), seed, validation (scenes).
     loss: weights `l1`, `l2`, `gradient` (L1 of image gradients at three scales), `kl` (mean over the latents' channels and
         places); `object`: extra weight of the pixels on and around objects.
     """
+
+    export_dtypes = (*TrainingTask.export_dtypes, "int8")
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__(recipe)
@@ -33,7 +39,7 @@ class KLTokenizerTask(TrainingTask):
         self.weights = take(recipe.loss, "loss", l1=1.0, l2=2.0, gradient=0.5, kl=1e-4, object=0.0)
         if "start" in recipe.model:
             take(recipe.model, "model", start=None)
-            tokenizer = KLTokenizer.from_pretrained(recipe.model["start"], dtype=torch.float32)
+            tokenizer = _trained(recipe.model["start"])
         else:
             try:
                 tokenizer = KLTokenizer(**recipe.model)
@@ -109,3 +115,11 @@ class KLTokenizerTask(TrainingTask):
         tokenizer = fresh_copy(self.tokenizer)
         tokenizer.register_to_config(scaling_factor=round(float(variance.rsqrt()), 4))
         cast_weights(tokenizer, self.export_dtype).save_pretrained(directory)
+        if self.recipe.export_dtype == "int8":
+            pack_file(directory / SAFETENSORS_WEIGHTS_NAME)
+
+
+def _trained(directory: str) -> KLTokenizer:
+    if KLTokenizer.load_config(directory)["_class_name"] == "VQTokenizer":
+        return kl_from_vq(VQTokenizer.from_pretrained(directory, dtype=torch.float32))
+    return KLTokenizer.from_pretrained(directory, dtype=torch.float32)

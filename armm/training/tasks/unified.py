@@ -13,27 +13,24 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor, nn
 
 from armm.data.scenes import SceneDataset
 from armm.decoding import build_strategy
-from armm.decoding.base import Trunk
-from armm.int8_weights import pack_file
 from armm.model import AutoregressiveModel
 from armm.training.recipe import Recipe, take
-from armm.training.task import Batch, TrainingTask, cast_weights, fresh_copy
+from armm.training.task import Batch
 from pipelines.text import WordTokenizer
 from pipelines.unified_text_to_image import UnifiedTextToImagePipeline
 from tokenizers_visual.vq_tokenizer import VQTokenizer
 
+from .captioned import CaptionedImagesTask
 from .unified_data import UnifiedData, prepare_codes, prepare_texts, scene_vocabulary
 from .unified_infilling import caption_with_hole, holed_images, holed_loss
-from .unified_rows import reading_mask, reading_positions, save_captioned_grid
+from .unified_rows import reading_mask, reading_positions
 from .unified_start import start_from
 
 logger = logging.getLogger(__name__)
@@ -41,7 +38,7 @@ logger = logging.getLogger(__name__)
 _IGNORED = -100
 
 
-class UnifiedTask(TrainingTask):
+class UnifiedTask(CaptionedImagesTask):
     """Recipe mappings:
 
     model: `text_slots` (words of a prompt), `answer_slots` (tokens of a text after the image), `bidirectional_prompt` (the
@@ -58,8 +55,6 @@ class UnifiedTask(TrainingTask):
         `infilling_share` (of the drawing rows once more as images with holes, and of the captions).
     loss: weights of `caption`, `answer` and `infilling` relative to the codes of drawing rows.
     """
-
-    export_dtypes = (*TrainingTask.export_dtypes, "int8")
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__(recipe)
@@ -131,10 +126,6 @@ class UnifiedTask(TrainingTask):
         if self.settings["start"]:
             start_from(self.model, AutoregressiveModel.from_pretrained(self.settings["start"]))
         self.module = nn.ModuleDict({"model": self.model})
-        self._compiled: Trunk | None = None
-
-    def hidden_matrices(self) -> list[nn.Parameter]:
-        return [p for p in self.model.trunk.blocks.parameters() if p.ndim == 2]
 
     # ------------------------------------------------------------------ data
 
@@ -232,7 +223,9 @@ class UnifiedTask(TrainingTask):
         targets = tokens.masked_fill(tokens == words.pad, _IGNORED)
         if words.holes:
             count = round(self.data["infilling_share"] * len(captions))
-            holed = caption_with_hole(captions[:count], lengths[:count], words.holes[0], words.end, words.pad, generator)
+            holed = caption_with_hole(
+                captions[:count], lengths[:count], words.holes[0], words.end, words.pad, generator
+            )
             tokens[:count], targets[:count] = holed
         return tokens, targets
 
@@ -260,12 +253,14 @@ class UnifiedTask(TrainingTask):
 
     def _infilling_loss(self, batch: Batch) -> Tensor:
         prompts = batch["drawing"][: len(batch["holed"])]
-        return holed_loss(self.model, prompts, batch, len(self.words), self._trunk())
+        return holed_loss(self.model, prompts, batch, len(self.words), self.training_trunk())
 
     def _drawing_loss(self, batch: Batch) -> Tensor:
         words = len(self.words)
         codes, condition = batch["drawing_codes"], self.model.prefix_condition(batch["drawing"])
-        logits = self.decoding.image_logits(self.model, codes + words, condition, low=words, trunk=self._trunk())
+        logits = self.decoding.image_logits(
+            self.model, codes + words, condition, low=words, trunk=self.training_trunk()
+        )
         return F.cross_entropy(logits.flatten(0, 1), codes.flatten())
 
     def _reading_losses(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
@@ -289,16 +284,8 @@ class UnifiedTask(TrainingTask):
         prompt = torch.cat([self._null(len(codes)), image], 1).to(codes.device)
         embeds = [model.embed(prompt), model.embed_image(codes + len(self.words)), model.embed(texts)]
         table = model.positions_for(self.reading_positions)
-        output = self._trunk()(torch.cat(embeds, 1), positions=table, mask=self.reading_mask[None, None])
+        output = self.training_trunk()(torch.cat(embeds, 1), positions=table, mask=self.reading_mask[None, None])
         return (output[0] if isinstance(output, tuple) else output)[:, -texts.shape[1] :]
-
-    def _trunk(self) -> Trunk:
-        trunk = self.model.trunk
-        if not (self.settings["compile"] and self.module.training):
-            return trunk
-        if self._compiled is None:
-            self._compiled = torch.compile(trunk.forward, dynamic=False)
-        return self._compiled
 
     # ------------------------------------------------------------------ figures, pictures, weights
 
@@ -311,7 +298,9 @@ class UnifiedTask(TrainingTask):
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16"):
                 questions = torch.rand(len(rows), data.questions.shape[1], generator=generator).argsort(1)
                 questions = questions[:, : self.data["questions_per_row"]]
-                batch = self.drawing_rows(data, rows, generator, 0.0) | self.reading_rows(data, rows, generator, questions)
+                batch = self.drawing_rows(data, rows, generator, 0.0) | self.reading_rows(
+                    data, rows, generator, questions
+                )
                 batch = self._to_device(batch)
                 image = self._drawing_loss(batch)
                 null = self._drawing_loss(self._to_device(self.drawing_rows(data, rows, generator, 1.0)))
@@ -342,20 +331,3 @@ class UnifiedTask(TrainingTask):
         )
         pipe.set_progress_bar_config(disable=True)
         return pipe
-
-    def sample(self, path: Path) -> None:
-        generators = [torch.Generator().manual_seed(index) for index in range(len(self.unseen_prompts))]
-        images = self.pipeline()(self.unseen_prompts, generator=generators).images
-        save_captioned_grid(images, self.unseen_prompts, path)
-
-    def export(self, directory: Path) -> None:
-        model = fresh_copy(self.model)
-        tokenizer = fresh_copy(self.tokenizer)
-        pipe: Any = self.pipeline()
-        pipe.register_modules(
-            transformer=cast_weights(model, self.export_dtype),
-            tokenizer=cast_weights(tokenizer, torch.float16),  # as the tokenizer's own recipe ships it
-        )
-        pipe.save_pretrained(directory)
-        if self.recipe.export_dtype == "int8":
-            pack_file(directory / "transformer" / SAFETENSORS_WEIGHTS_NAME)
