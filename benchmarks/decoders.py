@@ -1,55 +1,90 @@
 """The decodings of the scenes model, in one run: ``python benchmarks/decoders.py [--json FILE] [--plot FILE]``.
 
-Every decoding draws the same held-out prompts once, and once with the best of several candidates kept. Calls of the trunk and
-seconds say what a picture costs; prompt following (read by the recogniser) and the Frechet distance of the recogniser's features
-to fresh renders say what it is worth.
+Every decoding draws the same held-out prompts once and, where the model can judge its own pictures, once with the best of several
+candidates kept; decodings of continuous tokens draw once more with step annealing. Calls of the transformer and seconds say what a
+picture costs; prompt following (read by the recogniser) and the Frechet distance of the recogniser's features to fresh renders say
+what it is worth.
 """
 
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import os
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from armm import weights
+import armm
+from armm.auto import task_decodings, task_pipeline
 from armm.evaluation.text_to_image import text_to_image
-from pipelines import UnifiedTextToImagePipeline, decodings, loading
+from pipelines import decodings, loading
 
 PROMPT = "a small red sphere to the left of a large blue cube"
+TASK = "text-to-image"
 
 
-def load(folder: Path, decoding: str, device: str) -> UnifiedTextToImagePipeline:
-    pipe = UnifiedTextToImagePipeline.from_pretrained(folder, decoding=decoding).to(device)
+def load(folder: Path | None, decoding: str, device: str) -> Any:
+    pipe = task_pipeline(TASK, decoding=decoding) if folder is None else armm.pipeline(folder, decoding=decoding)
+    pipe = pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def seconds_per_batch(pipe: UnifiedTextToImagePipeline, batch: int, repeats: int) -> float:
+def variants(options: argparse.Namespace) -> Iterator[tuple[str, Any]]:
+    """(name of the row, pipeline) of all that is measured."""
+    folder = options.model
+    known = task_decodings(TASK) if folder is None else decodings.offered(folder, loading.read_index(folder))
+    for name in options.decodings or known:
+        pipe = load(folder, name, options.device)
+        yield name, pipe
+        if armm.StepAnnealing in type(pipe)._accelerations:
+            upper, lower = options.annealing
+            pipe.enable_acceleration(armm.StepAnnealing(upper, lower))
+            yield f"{name}, annealed {upper} to {lower}", pipe
+
+
+def judges_itself(pipe: Any) -> bool:
+    return "num_candidates" in inspect.signature(type(pipe).__call__).parameters
+
+
+def single_draws(pipe: Any) -> dict[str, Any]:
+    """Arguments of a call that draws each picture once."""
+    return {"num_candidates": 1} if judges_itself(pipe) else {}
+
+
+def calls_of(pipe: Any) -> int:
+    """Calls of the transformer for a picture."""
+    if not judges_itself(pipe):
+        return pipe.decoding.num_calls(pipe.grid, pipe.generation_config["num_flow_steps"], pipe.acceleration)
+    return pipe.decoding.num_calls(pipe.transformer.grid)
+
+
+def seconds_per_batch(pipe: Any, batch: int, repeats: int) -> float:
     """Median seconds of decoding one batch (codes to pixels included), after one run to warm up."""
     times = []
     for run in range(repeats + 1):
         generators = [torch.Generator().manual_seed(1000 * run + row) for row in range(batch)]
         start = time.perf_counter()
-        pipe([PROMPT] * batch, num_candidates=1, generator=generators, output_type="pt")
+        pipe([PROMPT] * batch, generator=generators, output_type="pt", **single_draws(pipe))
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
     return statistics.median(times[1:])
 
 
-def measure(pipe: UnifiedTextToImagePipeline, options: argparse.Namespace) -> dict[str, Any]:
+def measure(pipe: Any, options: argparse.Namespace) -> dict[str, Any]:
     tokens = pipe.transformer.grid[0] * pipe.transformer.grid[1]
     record: dict[str, Any] = {
         "strategy": type(pipe.decoding).__name__,
         "tokens": tokens,
-        "calls": pipe.decoding.num_calls(pipe.transformer.grid),
+        "calls": calls_of(pipe),
         "parameters": sum(parameter.numel() for parameter in pipe.transformer.parameters()),
     }
     for batch in options.batches:
@@ -57,12 +92,13 @@ def measure(pipe: UnifiedTextToImagePipeline, options: argparse.Namespace) -> di
         record[f"seconds_batch_{batch}"] = seconds
         record[f"tokens_per_second_batch_{batch}"] = batch * tokens / seconds
     settings = {"prompts": options.prompts, "seed": options.seed, "progress": False}
-    scores = text_to_image(pipe, num_candidates=1, **settings)
+    scores = text_to_image(pipe, **single_draws(pipe), **settings)
     kept = ("prompt_accuracy", "prompt_accuracy_standard_error", "frechet_distance", "frechet_distance_of_renders")
     record |= {name: scores[name] for name in kept}
-    best = text_to_image(pipe, num_candidates=options.candidates, **settings)
-    record["best_prompt_accuracy"] = best["prompt_accuracy"]
-    record["best_prompt_accuracy_standard_error"] = best["prompt_accuracy_standard_error"]
+    if judges_itself(pipe):
+        best = text_to_image(pipe, num_candidates=options.candidates, **settings)
+        record["best_prompt_accuracy"] = best["prompt_accuracy"]
+        record["best_prompt_accuracy_standard_error"] = best["prompt_accuracy_standard_error"]
     return record
 
 
@@ -76,7 +112,7 @@ def table(rows: dict[str, dict[str, Any]], batches: list[int], candidates: int) 
         cells += [f"{1000 * row[f'seconds_batch_{n}'] / n:.1f}" for n in batches]
         cells += [f"{row[f'tokens_per_second_batch_{batches[-1]}']:.0f}"]
         for kind in ("prompt_accuracy", "best_prompt_accuracy"):
-            cells.append(f"{100 * row[kind]:.1f}% ± {100 * row[kind + '_standard_error']:.1f}")
+            cells.append(f"{100 * row[kind]:.1f}% ± {100 * row[kind + '_standard_error']:.1f}" if kind in row else "")
         cells.append(f"{row['frechet_distance']:.2f}")
         lines.append("| " + " | ".join(cells) + " |")
     floor = next(iter(rows.values()))["frechet_distance_of_renders"]
@@ -108,8 +144,11 @@ def plot(rows: dict[str, dict[str, Any]], batch: int, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=weights.path("scenes"), help="folder (default: the shipped model)")
-    parser.add_argument("--decodings", nargs="+", metavar="NAME", help="default: all that the folder offers")
+    parser.add_argument("--model", type=Path, default=None, help="folder (default: the shipped models)")
+    parser.add_argument("--decodings", nargs="+", metavar="NAME", help="default: all that are offered")
+    parser.add_argument(
+        "--annealing", type=int, nargs=2, default=[20, 5], metavar=("UPPER", "LOWER"), help="steps of annealed rows (default: 20 5)"
+    )
     parser.add_argument("--prompts", type=int, default=500, help="held-out prompts (default: 500)")
     parser.add_argument("--seed", type=int, default=0, help="of the prompts and draws (default: 0)")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="batch sizes to time (default: 1 8)")
@@ -122,8 +161,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
-    names = options.decodings or decodings.offered(options.model, loading.read_index(options.model))
-    rows = {name: measure(load(options.model, name, options.device), options) for name in names}
+    rows = {name: measure(pipe, options) for name, pipe in variants(options)}
 
     print(f"{options.prompts} prompts, {torch.get_num_threads()} threads, {options.device}, torch {torch.__version__}\n")
     print(table(rows, options.batches, options.candidates))

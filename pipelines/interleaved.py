@@ -11,11 +11,13 @@ import torch
 from diffusers import DiffusionPipeline
 
 from armm.condition import Condition
+from armm.decoding.acceleration import Acceleration
 from armm.decoding.base import wake
 from armm.decoding.cautious import PAUSES, CautiousSampler, decode_text_cautiously
 from armm.decoding.guidance import ContextGuidance
 from armm.decoding.interleaved import InterleavedDecoding
 from armm.decoding.sampling import Sampler
+from armm.decoding.speculative import Speculative
 from armm.decoding.vocabulary import Grammar, ImageBlock
 from armm.model import AutoregressiveModel
 from tokenizers_visual.codes import Codes
@@ -44,6 +46,7 @@ class InterleavedPipeline(ARPipeline):
 
     model_cpu_offload_seq = "transformer->tokenizer"
     _optional_components: ClassVar[list[str]] = ["text_tokenizer"]
+    _accelerations: ClassVar[tuple[type[Acceleration], ...]] = (Speculative,)
     start_id: ClassVar[int] = 0
     pad_id: ClassVar[int] = 1
     # Ids that end a text, and the one that ends a turn; names where the text tokenizer has other ids for them.
@@ -190,12 +193,14 @@ class InterleavedPipeline(ARPipeline):
         images: bool = True,
         stop_ids: Sequence[int] = (),
         fill_id: int | None = None,
+        grid: tuple[int, int] | None = None,
         generator: Any = None,
         noise: Any = None,
         callback: Callable[..., dict[str, Any]] | None = None,
         callback_names: Sequence[str] = ("latents",),
     ) -> Any:
-        """A `SequenceOutput` behind `prompts`. images: whether new images may be begun."""
+        """A `SequenceOutput` behind `prompts`. images: whether new images may be begun. grid: of the one image that follows, where it is
+        known: it may be drawn speculatively."""
         self.check_callback_inputs(callback_names)
         self.check_generator(generator, len(prompts))
         self._interrupt = False
@@ -211,20 +216,26 @@ class InterleavedPipeline(ARPipeline):
         self._num_timesteps = max_tokens
         banned = [] if images else [self.block.begin, self.block.end]
         with self.progress_bar(total=max_tokens) as bar:
+            common: dict[str, Any] = {
+                "mask": mask,
+                "grammar": Grammar(self.block, self.transformer.vocab_size, images=images, banned=banned),
+                "guidance": guidance if images else None,
+                "noise": generator if noise is None else noise,
+                "callback": self.after_step(bar, guidance, callback, callback_names),
+                "interrupt": lambda: self._interrupt,
+            }
+            if grid is not None and isinstance(self.acceleration, Speculative):
+                strategy = self.acceleration.image_strategy(self)
+                return strategy(self.transformer, ids, grid=grid, sampler=image, **common)
             return self.decoding(
                 self.transformer,
                 ids,
-                mask=mask,
                 max_tokens=max_tokens,
-                grammar=Grammar(self.block, self.transformer.vocab_size, images=images, banned=banned),
                 stop_ids=stop_ids,
                 fill_id=fill_id,
                 sampler=text,
                 image_sampler=image,
-                guidance=guidance if images else None,
-                noise=generator if noise is None else noise,
-                callback=self.after_step(bar, guidance, callback, callback_names),
-                interrupt=lambda: self._interrupt,
+                **common,
             )
 
     def draw(
@@ -237,7 +248,7 @@ class InterleavedPipeline(ARPipeline):
         steps = height * line - (line - width)  # what follows the last code is known
         first = int(block.code_ids[0])
         output = self.continue_prompts(
-            [[*prompt, *opening] for prompt in prompts], settings, steps, fill_id=first, **options
+            [[*prompt, *opening] for prompt in prompts], settings, steps, fill_id=first, grid=grid, **options
         )
         ids = torch.full((len(prompts), height * line), first, device=output.ids.device)
         ids[:, : output.ids.shape[1]] = output.ids

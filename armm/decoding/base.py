@@ -13,7 +13,7 @@ from armm.condition import Condition
 from armm.nn.masks import additive_mask, key_mask, prefix_mask
 
 if TYPE_CHECKING:
-    from armm.decoding.guidance import Guidance
+    from armm.decoding.guidance import ContextGuidance, Guidance
     from armm.model import AutoregressiveModel
     from armm.nn.hooks import LayerHook
     from armm.nn.positions import PositionTable
@@ -43,7 +43,7 @@ def wake(model: torch.nn.Module) -> None:
         hook.pre_forward(model)
 
 
-def check_guided(guidance: Guidance | None, condition: Condition, null_condition: Condition | None) -> bool:
+def check_guided(guidance: Guidance | ContextGuidance | None, condition: Condition, null_condition: Condition | None) -> bool:
     """Whether guidance is on; a ValueError if its rows are missing or too few."""
     if guidance is None or not guidance.active:
         return False

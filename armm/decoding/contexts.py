@@ -22,6 +22,27 @@ if TYPE_CHECKING:
 VIEWS = ("image", "start_image", "images")
 
 
+def visible_tokens(
+    ids: Tensor, real: Tensor, views: Sequence[str], grammar: Grammar | None, images: Tensor | None
+) -> Tensor:
+    """bool [R, T]: what the full rows and those of the `views` see of prompts `ids` [B, T].
+
+    real: bool [B, T], False on padding. images: bool [V], the ids that images are written with.
+    """
+    first = torch.zeros_like(real)
+    first.scatter_(1, real.int().argmax(1, keepdim=True), True)
+    rows = [real]
+    for view in views:
+        if view == "images":
+            rows.append(real & (images[ids] | first))  # type: ignore[index]
+            continue
+        since = grammar.start(ids).since[:, None]  # type: ignore[union-attr]
+        place = torch.arange(ids.shape[1] - 1, -1, -1, device=ids.device)  # tokens behind each
+        seen = (since >= 0) & (place <= since)
+        rows.append(seen | first if view == "start_image" else seen)
+    return torch.cat(rows)
+
+
 class ContextStream:
     """Sequences through trunk and cache in 1 + len(views) rows each, the full ones first.
 
@@ -47,9 +68,7 @@ class ContextStream:
         self.rows, self.num_calls = (1 + len(self.views)) * self.batch, 0
         real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.to(device=ids.device, dtype=torch.bool)
         self.images = None if grammar is None else grammar.block.members(model.vocab_size).to(ids.device)
-        state = None if grammar is None else grammar.start(ids)
-        seen = [real, *(self._seen(view, ids, real, state) for view in self.views)]
-        self.visible = torch.cat(seen)
+        self.visible = visible_tokens(ids, real, self.views, grammar, self.images)
         self.next = self.visible.sum(1)  # position of the next token of each row
         self.whole = mask is None and not self.views
         self.cache = model.trunk.allocate_cache(self.rows, self.length + capacity)
@@ -61,17 +80,6 @@ class ContextStream:
             first.scatter_(1, real.int().argmax(1, keepdim=True), True)
             empty = torch.zeros(self.batch, capacity, dtype=torch.bool, device=ids.device)
             self.start = torch.cat([first, empty], dim=1)  # the first real token of each row
-
-    def _seen(self, view: str, ids: Tensor, real: Tensor, state: GrammarState | None) -> Tensor:
-        """bool [B, T]: what a view sees of the prompts."""
-        first = torch.zeros_like(real)
-        first.scatter_(1, real.int().argmax(1, keepdim=True), True)
-        if view == "images":
-            return real & (self.images[ids] | first)  # type: ignore[index]
-        since = state.since[:, None]  # type: ignore[union-attr]
-        place = torch.arange(ids.shape[1] - 1, -1, -1, device=ids.device)  # tokens behind each
-        seen = (since >= 0) & (place <= since)
-        return seen | first if view == "start_image" else seen
 
     def prefill(self) -> Tensor:
         """Run the prompts: hidden state of the last position of all rows [R, D]."""

@@ -85,6 +85,14 @@ class ContextGuidance:
             return full if self.scale == 1.0 else _combine_logits(full, null, self.scale)
         return _combine_logits(rows[1], null, self.image_scale) + self.scale * (full - rows[1])
 
+    def combine_steps(self, logits: Tensor, numbers: Tensor, steps: int) -> Tensor:
+        """`combine` for windows, as of `Guidance`: all tokens are guided alike."""
+        return self.combine(logits)
+
+    def covers(self, step: int) -> bool:
+        """Whether the draw of token `step` is guided."""
+        return True
+
 
 @dataclass
 class Guidance:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import pipelines
 from armm import weights
+from armm.auto import task_pipeline
 from armm.data.scenes import Scenes, render, sample_scenes
 from pipelines.loading import read_index
 
@@ -19,7 +20,6 @@ from .recogniser import SceneRecogniser
 PIPELINES = {"text-to-image": "UnifiedTextToImagePipeline", "image-to-text": "UnifiedImageToTextPipeline"}
 # Other pipelines that do a task with the same call; a folder says whether it holds one of them.
 OTHERS = {"text-to-image": ("NextXTextToImagePipeline", "MARTextToImagePipeline"), "image-to-text": ()}
-PIPELINE_WEIGHTS = "scenes"
 RECOGNISER_WEIGHTS = "scenes-recogniser"
 # Added to every seed, so that no evaluation draws the sequence of scenes that a training recipe names by the same number.
 SEED_OFFSET = 7_000_000_000
@@ -30,11 +30,15 @@ def load_pipeline(task: str, model: Any = None, decoding: str | None = None) -> 
     that a folder offers."""
     if model is not None and not isinstance(model, (str, Path)):
         return model
-    folder = weights.path(PIPELINE_WEIGHTS) if model is None else Path(model)
+    options = {} if decoding is None else {"decoding": decoding}
+    if model is None:
+        loaded: Any = task_pipeline(task, **options)
+        loaded.set_progress_bar_config(disable=True)
+        return loaded
+    folder = Path(model)
     if not folder.is_dir():
         raise FileNotFoundError(f"model: no folder {str(model)!r}; give a folder written by `save_pretrained`.")
     found = read_index(folder)["_class_name"]
-    options = {} if decoding is None else {"decoding": decoding}
     loaded = getattr(pipelines, found if found in OTHERS[task] else PIPELINES[task]).from_pretrained(folder, **options)
     loaded.set_progress_bar_config(disable=True)
     return loaded

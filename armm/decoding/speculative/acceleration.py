@@ -7,8 +7,11 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from armm.decoding.acceleration import Acceleration
+from armm.decoding.interleaved import InterleavedDecoding
 from armm.decoding.speculative.draft import DraftSource
+from armm.decoding.speculative.draft_model import DraftModel
 from armm.decoding.speculative.grouped import GroupedVerifier
+from armm.decoding.speculative.images import SpeculativeImages, vectors_by_id
 from armm.decoding.speculative.jacobi import JacobiWindow
 from armm.decoding.speculative.relaxed import RelaxedVerifier
 from armm.decoding.speculative.statistics import SpeculativeStatistics
@@ -22,8 +25,8 @@ class Speculative(Acceleration):
     """Several codes from one call of the transformer: `draft` guesses them, one call looks at all guesses, `verifier` takes those
     that may stand.
 
-    Works on pipelines that draw discrete codes one after the other (`NextTokenDecoding`, `TokenShuffleDecoding`), with guidance, in
-    batches; the model needs no training.
+    Works on pipelines that draw discrete codes one after the other (`NextTokenDecoding`, `TokenShuffleDecoding`; of
+    `InterleavedDecoding` the images that a call draws), with guidance, in batches; the model needs no training.
 
     Args:
         draft: where guesses come from: `JacobiWindow` (default), `TokenRecycling`, `DraftModel`, `MedusaDrafts`.
@@ -44,7 +47,7 @@ class Speculative(Acceleration):
         if not isinstance(verifier, Verifier):
             raise TypeError(f"verifier must be a verifier such as GroupedVerifier(), got {verifier!r}")
         self.draft, self.verifier = draft, verifier
-        self._last: SpeculativeDecoding | None = None
+        self._last: SpeculativeDecoding | SpeculativeImages | None = None
 
     @property
     def loosening(self) -> float:
@@ -57,13 +60,23 @@ class Speculative(Acceleration):
 
     def check(self, pipe: Any) -> None:
         decoding = getattr(pipe, "decoding", None)
-        check_accelerated(decoding)
+        if not isinstance(decoding, InterleavedDecoding):
+            check_accelerated(decoding)
+        elif isinstance(self.draft, DraftModel):
+            raise ValueError("a draft model cannot draft for sequences of text and images: use JacobiWindow or TokenRecycling")
         self.draft.check(pipe.transformer)
         self.verifier.check(pipe.transformer, _codebook(pipe))
 
     def strategy(self, pipe: Any) -> SpeculativeDecoding:
-        self._last = SpeculativeDecoding(pipe.decoding, self.draft, self.verifier, _codebook(pipe))
-        return self._last
+        last = SpeculativeDecoding(pipe.decoding, self.draft, self.verifier, _codebook(pipe))
+        self._last = last
+        return last
+
+    def image_strategy(self, pipe: Any) -> SpeculativeImages:
+        """What draws the images of a pipeline of text and images."""
+        last = SpeculativeImages(self.draft, self.verifier, _codebook(pipe))
+        self._last = last
+        return last
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(draft={self.draft!r}, verifier={self.verifier!r})"
@@ -149,7 +162,11 @@ class RelaxedSpeculative(Speculative):
 
 
 def _codebook(pipe: Any) -> Tensor | None:
-    """The vectors of the codes of a pipeline's tokenizer, or None."""
+    """The vectors of the codes of a pipeline's tokenizer, by the ids that its strategy draws, or None."""
     quantizer = getattr(getattr(pipe, "tokenizer", None), "quantizer", None)
     vectors = getattr(quantizer, "codebook", None)
-    return vectors() if callable(vectors) else None
+    if not callable(vectors):
+        return None
+    if isinstance(pipe.decoding, InterleavedDecoding):
+        return vectors_by_id(pipe.block, vectors(), pipe.transformer.vocab_size)
+    return vectors()

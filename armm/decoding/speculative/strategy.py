@@ -94,7 +94,7 @@ class SpeculativeDecoding:
         if known_ids is not None and known_mask is not None:
             open_ = ~known_mask.to(device).view(*known_mask.shape, *(1 for _ in model.code_shape))
             known = self._units(known_ids.to(device).masked_fill(open_, -1), cells)
-        uniforms, places = self._randomness(noise, target, sampler)
+        uniforms, places = randomness(self.verifier, noise, target)
 
         def report(call: int, codes: Tensor) -> Tensor | None:
             replaced = callback(call, self._image(codes, cells, model))  # type: ignore[misc]
@@ -116,23 +116,6 @@ class SpeculativeDecoding:
         ids = self._image(codes, cells, model).clamp_(min=0)
         return DecodingOutput(ids, None, target.num_calls, min(finished) * cells.shape[1])
 
-    def _randomness(self, noise, target: Target, sampler: Sampler) -> tuple[WindowNumbers, PlaceNoise | None]:  # type: ignore[no-untyped-def]
-        batch, slots, device = target.batch, target.slots, target.device
-        if not (self.verifier.wants_noise and sampler.do_sample):
-            if isinstance(noise, (Tensor, NoiseSource)) and not sampler.do_sample:
-                noise = None
-            return WindowNumbers(noise, batch, slots, device), None
-        # The noise is all the generator's; drafts, which do not change the result, have numbers of their own.
-        generators = [torch.Generator().manual_seed(0) for _ in range(batch)]
-        if not isinstance(noise, NoiseSource):
-            if isinstance(noise, Tensor) and noise.dim() > 3:
-                noise = noise.flatten(2)
-            width = target.model.sub_codes * target.vocabulary
-            noise = NoiseSource(noise, batch, width, device)
-        return WindowNumbers(generators, batch, slots, device), PlaceNoise(
-            noise, slots, target.units, target.model.window**2
-        )
-
     @staticmethod
     def _units(ids: Tensor, cells: Tensor) -> Tensor:
         """Ids [B, N] or [B, N, K] by cell -> [B, U, S] by unit."""
@@ -144,6 +127,28 @@ class SpeculativeDecoding:
             return codes.clone()
         ids = codes.new_empty(len(codes), cells.numel())
         return ids.index_copy_(1, cells.flatten(), codes.flatten(1))
+
+
+def randomness(
+    verifier: Verifier,
+    noise: NoiseSource | torch.Generator | Sequence[torch.Generator] | Sequence[Numbers] | Tensor | None,
+    target: Target,
+) -> tuple[WindowNumbers, PlaceNoise | None]:
+    """The numbers of drafts and of their verification, and the noise of the places for a verifier that draws with it."""
+    batch, slots, device = target.batch, target.slots, target.device
+    do_sample = target.sampler.do_sample
+    if not (verifier.wants_noise and do_sample):
+        if isinstance(noise, (Tensor, NoiseSource)) and not do_sample:
+            noise = None
+        return WindowNumbers(noise, batch, slots, device), None  # type: ignore[arg-type]
+    # The noise is all the generator's; drafts, which do not change the result, have numbers of their own.
+    generators = [torch.Generator().manual_seed(0) for _ in range(batch)]
+    if not isinstance(noise, NoiseSource):
+        if isinstance(noise, Tensor) and noise.dim() > 3:
+            noise = noise.flatten(2)
+        noise = NoiseSource(noise, batch, target.model.sub_codes * target.vocabulary, device)  # type: ignore[arg-type]
+    places = PlaceNoise(noise, slots, target.units, target.model.window**2)
+    return WindowNumbers(generators, batch, slots, device), places
 
 
 def check_accelerated(decoding: object) -> None:

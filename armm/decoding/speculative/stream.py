@@ -10,7 +10,7 @@ from torch import Tensor
 
 from armm.condition import Condition, concatenate
 from armm.decoding.base import TokenStream, check_guided, prefix_index
-from armm.decoding.guidance import Guidance
+from armm.decoding.guidance import ContextGuidance, Guidance
 from armm.decoding.sampling import Sampler
 from armm.decoding.speculative.tree import DraftTree
 from armm.nn.linear import PACKED_ROWS
@@ -26,7 +26,8 @@ class Target:
     the cells of the square, or the sub-codes of the cell. Units are numbered in raster order.
 
     Args:
-        model, condition, null_condition, guidance: as for a decoding strategy.
+        model, condition, null_condition, guidance: as for a decoding strategy; several null conditions are the rows behind the first
+            of `ContextGuidance`.
         grid: of the image in tokens.
         low, high: the codes' ids in the vocabulary. Everything here counts ids from `low`.
         sampler: its filters make the distributions; with do_sample=False logits stay as they are.
@@ -40,10 +41,10 @@ class Target:
         self,
         model: AutoregressiveModel,
         condition: Condition,
-        null_condition: Condition | None = None,
+        null_condition: Condition | Sequence[Condition] | None = None,
         grid: Sequence[int] | None = None,
         *,
-        guidance: Guidance | None = None,
+        guidance: Guidance | ContextGuidance | None = None,
         low: int = 0,
         high: int | None = None,
         sampler: Sampler | None = None,
@@ -58,14 +59,16 @@ class Target:
         self.low, self.high = low, model.vocab_size if high is None else high
         self.vocabulary = self.high - self.low
         self.random_range = random_range or (0, self.vocabulary)
-        self.condition, self.null_condition = condition, null_condition
+        nulls = [null_condition] if isinstance(null_condition, Condition) else list(null_condition or ())
+        self.condition, self.null_condition = condition, nulls[0] if nulls else None
         self.batch = condition.batch
-        self.guided = check_guided(guidance, condition, null_condition)
+        self.guided = check_guided(guidance, condition, self.null_condition)
+        self.rows = 1 + len(nulls)
         grid = model.grid if grid is None else model.check_grid(grid)
         trunk_grid = model.trunk_grid(grid)
         self.grid, self.columns = grid, trunk_grid[-1]
         self.slots = model.window**2 * model.sub_codes
-        rows = concatenate([condition, null_condition]) if self.guided else condition  # type: ignore[list-item]
+        rows = concatenate([condition, *nulls]) if self.guided else condition
         index = model.image_index(grid, rows.embeds.device) if index is None else index
         self.units = index.shape[-1]
         self.stream = WindowStream(
@@ -79,6 +82,11 @@ class Target:
     def num_calls(self) -> int:
         return self.stream.num_calls
 
+    @property
+    def copies(self) -> int:
+        """Rows of the batch for each row of the call."""
+        return self.rows if self.guided else 1
+
     def prefill(self) -> Tensor:
         """Logits [B, 1, S, V] of the first unit."""
         self.hidden = self.stream.prefill()[:, None]
@@ -89,14 +97,14 @@ class Target:
 
         tree: how they follow each other, default one after the other.
         """
-        count, copies = codes.shape[1], 2 if self.guided else 1
+        count, copies = codes.shape[1], self.copies
         # On a CPU the weights are packed for a number of tokens: a window that is a little short is filled up to it.
         repeated = tree is None and self.width * copies * self.batch in PACKED_ROWS and count <= self.width
         if repeated and 1 < count < self.width and self.device.type == "cpu":
             codes = torch.cat([codes, codes[:, -1:].expand(-1, self.width - count, -1)], dim=1)
         embeds = self.embed(codes)
         if self.guided:
-            embeds = torch.cat([embeds, embeds])
+            embeds = torch.cat([embeds] * copies)
         hidden = self.stream.feed_window(embeds, self.cached * copies, tree, repeated and codes.shape[1] == self.width)
         self.hidden = hidden[:, :count]
         return self._logits(self.hidden, [cached + 1 for cached in self.cached], tree)
@@ -109,9 +117,9 @@ class Target:
 
     def keep(self, kept: Sequence[int], path: Tensor | None = None) -> None:
         """Of the window that was fed last, keep the first `kept` places of every row's `path` [B, K] (default: 0, 1, 2, ...)."""
-        copies = 2 if self.guided else 1
+        copies = self.copies
         if path is not None and self.guided:
-            path = torch.cat([path, path])
+            path = torch.cat([path] * copies)
         self.stream.keep(self.cached * copies, list(kept) * copies, path)
         self.cached = [cached + number for cached, number in zip(self.cached, kept, strict=True)]
 
@@ -122,8 +130,7 @@ class Target:
 
     def select(self, rows: Tensor) -> None:
         """Go on with these of the rows only."""
-        both = torch.cat([rows, rows + self.batch]) if self.guided else rows
-        self.stream.select(both)
+        self.stream.select(torch.cat([rows + copy * self.batch for copy in range(self.copies)]))
         self.batch = len(rows)
         self.rewind([self.cached[row] for row in rows.tolist()])  # a row that is gone may have been the longest
 
