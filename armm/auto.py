@@ -8,25 +8,15 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from armm import weights, zoo
+from armm import zoo
 from armm.convert import family_module
 from armm.hub import converted_folder, fetch, fetch_snapshot
-from pipelines import decodings
 from pipelines.base import ARPipeline
-from pipelines.loading import INDEX_NAME, read_index
+from pipelines.loading import INDEX_NAME
+from pipelines.shipped import TASKS, task_pipeline
 
 logger = logging.getLogger(__name__)
 
-# Task -> (module, pipeline class, shipped weights).
-TASKS: dict[str, tuple[str, str, str]] = {
-    "text-to-image": ("pipelines.unified_text_to_image", "UnifiedTextToImagePipeline", "scenes"),
-    "image-to-text": ("pipelines.unified_image_to_text", "UnifiedImageToTextPipeline", "scenes"),
-    "inpainting": ("pipelines.unified_inpaint", "UnifiedInpaintPipeline", "scenes"),
-}
-# Decodings of a task that are done by shipped weights of their own.
-TASK_DECODINGS: dict[tuple[str, str], tuple[str, str, str]] = {
-    ("text-to-image", "next_x"): ("pipelines.next_x_text_to_image", "NextXTextToImagePipeline", "scenes-next-x"),
-}
 # Family -> (module, pipeline class).
 FAMILY_PIPELINES: dict[str, tuple[str, str]] = {
     "llamagen": ("pipelines.llamagen", "LlamaGenPipeline"),
@@ -72,28 +62,6 @@ def pipeline(model: str | Path, **kwargs: Any) -> ARPipeline:
     raise ValueError(
         f"{name!r} is no task ({', '.join(TASKS)}), no published model (`armm zoo` lists them), no directory and no hub id.{hint}"
     )
-
-
-def task_pipeline(task: str, *, decoding: str | None = None, **kwargs: Any) -> ARPipeline:
-    """The pipeline of a task with the shipped weights.
-
-    Args:
-        decoding: a decoding that they offer, default next token: "neighboring", ... of the discrete model, or "next_x", which draws
-            continuous tokens. `-` and `_` mean the same.
-        kwargs: passed to the pipeline's `from_pretrained`.
-    """
-    own = None if decoding is None else TASK_DECODINGS.get((task, decoding.replace("-", "_")))
-    module, class_name, folder = own or TASKS[task]
-    if decoding is not None and own is None:
-        kwargs["decoding"] = decoding
-    return getattr(importlib.import_module(module), class_name).from_pretrained(weights.path(folder), **kwargs)
-
-
-def task_decodings(task: str) -> list[str]:
-    """The decodings that the shipped weights offer for a task, the default first."""
-    folder = weights.path(TASKS[task][2])
-    found = decodings.offered(folder, read_index(folder))
-    return [*found, *(name for (of, name), (_, _, folder) in TASK_DECODINGS.items() if of == task and folder in weights.names())]
 
 
 def published_pipeline(name: str, *, config: dict[str, Any] | None = None, **kwargs: Any) -> ARPipeline:

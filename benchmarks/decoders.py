@@ -22,9 +22,9 @@ from typing import Any
 import torch
 
 import armm
-from armm.auto import task_decodings, task_pipeline
 from armm.evaluation.text_to_image import text_to_image
 from pipelines import decodings, loading
+from pipelines.shipped import task_decodings, task_pipeline
 
 PROMPT = "a small red sphere to the left of a large blue cube"
 TASK = "text-to-image"

@@ -11,9 +11,9 @@ from torch import Tensor
 
 import pipelines
 from armm import weights
-from armm.auto import task_pipeline
 from armm.data.scenes import Scenes, render, sample_scenes
 from pipelines.loading import read_index
+from pipelines.shipped import task_pipeline
 
 from .recogniser import SceneRecogniser
 
