@@ -181,3 +181,15 @@ def test_a_model_stored_as_int8_is_small_loads_as_floats_and_is_checked(tmp_path
     save_file(tensors, path)
     with pytest.raises(ValueError, match="without its head.projection.weight_scale"):
         armm.pipeline(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["neighboring", "token_shuffle"])
+def test_a_model_of_the_same_decoding_starts_with_every_weight(name):
+    trained = variant(unified_pipeline(), name).transformer
+    for parameter in trained.parameters():
+        torch.nn.init.normal_(parameter)
+    config = {key: value for key, value in dict(trained.config).items() if not key.startswith("_")}
+    model = AutoregressiveModel(**config)
+    assert start_from(model, trained) == []
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, trained.state_dict()[key]), key

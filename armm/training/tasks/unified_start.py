@@ -30,7 +30,7 @@ def start_from(model: AutoregressiveModel, other: AutoregressiveModel) -> list[s
     stored, own = other.state_dict(), model.state_dict()
     fresh = []
     for name, tensor in own.items():
-        source = stored.get(_AXIS.sub("head.", _TAP.sub("trunk.norm.", name)))
+        source = stored.get(name, stored.get(_AXIS.sub("head.", _TAP.sub("trunk.norm.", name))))
         if name == _POSITIONS and source is not None and source.shape != tensor.shape:
             source = _window_positions(source, model, other)
         if source is not None and source.shape == tensor.shape:
