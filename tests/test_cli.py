@@ -21,7 +21,7 @@ from armm.cli.output import atomic_file, atomic_folder, image_grid, table
 PROMPT, OTHER = "a small red sphere to the left of a large blue cube", "two green cones"
 PARITY = Path(__file__).parent / "parity" / "cases" / "llamagen"
 ROOT = Path(__file__).resolve().parents[1]
-COMMANDS = ("generate", "describe", "train", "evaluate", "convert", "zoo", "bench", "info")
+COMMANDS = ("generate", "describe", "demo", "train", "evaluate", "convert", "zoo", "bench", "info")
 
 
 def run(*arguments: object) -> int:

@@ -36,6 +36,7 @@ ROOMS = {
     "evaluation": ("armm.evaluation",),
     "convert": ("armm.convert",),
     "zoo": ("armm.zoo", "armm.auto"),
+    "serving": ("armm.serving",),
     "cli": ("armm.cli",),
 }
 LOW = {"leaf", "nn", "trunk", "decoding", "tokenizers", "pruning", "explain"}
@@ -55,7 +56,8 @@ ALLOWED = {
     "training": LOW | {"pipelines", "data", "evaluation"},
     "convert": LOW | {"pipelines"},
     "zoo": LOW | {"pipelines", "convert"},
-    "cli": LOW | {"front", "pipelines", "data", "training", "evaluation", "convert", "zoo"},
+    "serving": LOW | {"pipelines", "data"},
+    "cli": LOW | {"front", "serving", "pipelines", "data", "training", "evaluation", "convert", "zoo"},
 }
 # Third-party packages a room may not touch.
 FORBIDDEN_THIRD_PARTY = {

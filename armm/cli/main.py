@@ -7,11 +7,11 @@ import os
 import sys
 from collections.abc import Sequence
 
-from armm.cli import bench, convert, describe, evaluate, generate, info, train, zoo
+from armm.cli import bench, convert, demo, describe, evaluate, generate, info, train, zoo
 from armm.cli.common import Parser
 from armm.version import __version__
 
-GROUPS = (generate, describe, train, evaluate, convert, zoo, bench, info)
+GROUPS = (generate, describe, demo, train, evaluate, convert, zoo, bench, info)
 
 DESCRIPTION = """\
 Autoregressive visual models: pictures from sentences, sentences from pictures.
@@ -23,6 +23,7 @@ examples:
   armm generate "a small red sphere to the left of a large blue cube" -o scene.png
   armm generate "a red cone behind a green cube" -o out.png --animate steps.gif
   armm describe scene.png --question "what color is the cube?"
+  armm demo
   armm zoo
 """
 
