@@ -202,4 +202,3 @@ def test_the_page_is_built(studio, tmp_path):
     labels = {getattr(component, "elem_id", None) for component in page.blocks.values()}
     assert {"draw", "ask", "repaint"} <= labels
     assert not page.analytics_enabled
-

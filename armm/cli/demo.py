@@ -28,7 +28,9 @@ def add(subparsers: argparse._SubParsersAction) -> None:
         "--port", type=whole(0, 65535), default=7860, metavar="N", help="port; 0 takes a free one (default: 7860)"
     )
     parser.add_argument(
-        "--weights", metavar="DIR", help="a folder of a unified model, as training exports it (default: the shipped model)"
+        "--weights",
+        metavar="DIR",
+        help="a folder of a unified model, as training exports it (default: the shipped model)",
     )
     add_device_arguments(parser)
     parser.set_defaults(run=run)

@@ -3,166 +3,33 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import random
+import socket
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import PIL.Image
+
 from armm.serving import examples, look
+from armm.serving.handlers import ACCELERATOR_INFO, PLAIN, REGIONS, Handlers, friendly
 from armm.serving.local import OwnHostOnly
 from armm.serving.requirements import require_gradio
-from armm.serving.studio import MAX_CANDIDATES, MAX_IMAGES, MAX_SEED, Drawing, Preview, Studio, painted_mask
+from armm.serving.studio import MAX_CANDIDATES, MAX_IMAGES, MAX_SEED, Studio
 
 __all__ = ["build_page", "serve"]
 
 METHODS = ("attention", "tam", "arc", "msea", "msea+arc")
-PLAIN = "none"
-REGIONS = ("what I painted", "left half", "right half")
-DRAW_HELP = "Describe one to three solid objects on a plane. Tokens appear in the order in which the transformer draws them."
+HANDED_OVER = 256  # pixels of a drawn picture in the other tabs, where it is painted on
+DRAW_HELP = (
+    "Describe one to three solid objects on a plane. Tokens appear in the order in which the transformer draws them."
+)
 ASK_HELP = "Ask about a scene, or leave the question empty for a caption. The maps show where each word of the answer comes from."
-PAINT_HELP = "Paint over what shall change and describe the whole picture as it shall be. Whole cells of tokens are drawn anew."
-
-
-def friendly(work: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
-    """A handler whose mistakes of users become a message on the page instead of a traceback."""
-
-    @functools.wraps(work)
-    def handler(*arguments: Any) -> Iterator[Any]:
-        import gradio as gr
-
-        try:
-            yield from work(*arguments)
-        except (ValueError, TypeError, OSError) as error:
-            raise gr.Error(message(error), title="That did not work", duration=8, print_exception=False) from None
-
-    return handler
-
-
-def message(error: BaseException) -> str:
-    """The message of an error as a person reads it on the page, where the known words have a place of their own."""
-    text = " ".join(str(error).split()).replace("`", "")
-    before, found, _ = text.partition(" Known words:")
-    return f"{before} The words it knows are listed below the drawing form." if found else text
-
-
-def whole(value: Any) -> Any:
-    """A number field's value as an int, if it is one."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-class Handlers:
-    """What the page's buttons do: generators of what its fields show next."""
-
-    def __init__(self, studio: Studio) -> None:
-        self.studio = studio
-
-    @staticmethod
-    def _session(request: Any) -> str:
-        return getattr(request, "session_hash", None) or ""
-
-    def draw(self, prompt, seed, count, guidance, candidates, decoding, acceleration, window, request) -> Iterator[tuple]:  # type: ignore[no-untyped-def]
-        """-> stage, gallery, facts, heat map."""
-        import gradio as gr
-
-        hidden = gr.update(visible=False)
-        steps = self.studio.draw(
-            prompt,
-            seed=whole(seed),
-            count=whole(count),
-            candidates=whole(candidates),
-            guidance_scale=guidance,
-            decoding=decoding,
-            acceleration=None if acceleration == PLAIN else acceleration,
-            window=whole(window),
-            session=self._session(request),
-        )
-        for step in steps:
-            if isinstance(step, Preview):
-                yield gr.update(value=self._progress(step), visible=True), hidden, hidden, hidden
-                continue
-            if step.stopped:
-                gr.Info("Stopped.", duration=3)
-                yield gr.skip(), hidden, hidden, hidden
-                return
-            heat = hidden
-            if step.statistics is not None:
-                heat = gr.update(value=step.statistics.heat_map(), visible=True)
-            pictures = [(image, f"seed {whole(seed) + number}") for number, image in enumerate(step.images)]
-            gallery = gr.update(value=pictures, visible=True, columns=1 if len(pictures) == 1 else 2, selected_index=None)
-            yield hidden, gallery, gr.update(value=self._facts(step, decoding), visible=True), heat
-
-    @staticmethod
-    def _progress(step: Preview) -> str:
-        of = f" of each of {len(step.images)} candidates" if len(step.images) > 1 else ""
-        return look.stage(step.images, step.known / step.tokens, f"{step.known} of {step.tokens} tokens{of}, call {step.calls}")
-
-    def _facts(self, step: Drawing, decoding: str | None = None) -> str:
-        entries = [(str(step.calls), "calls of the transformer"), (str(step.tokens), "tokens of a picture")]
-        entries.append((f"{step.seconds:.2f} s", "without the previews"))
-        if step.statistics is not None:
-            plain = self.studio.calls(decoding or self.studio.decodings[0])
-            entries += [
-                (f"{plain / max(step.calls, 1):.1f} ×", f"fewer calls than {plain}"),
-                (f"{step.statistics.mean_accepted_length:.2f}", "tokens certain by one call"),
-                (f"{step.statistics.acceptance_rate:.0%}", "of the drafts taken"),
-            ]
-        return look.facts(entries)
-
-    def understand(self, image, question, explained, method, request) -> Iterator[tuple]:  # type: ignore[no-untyped-def]
-        """-> answer, overlays."""
-        import gradio as gr
-
-        question = question or ""
-        hidden = gr.update(value=None, visible=False)
-        said = ""
-        for said in self.studio.answer(image, question, session=self._session(request)):
-            yield said, hidden
-        if explained and said:
-            explanation = self.studio.explain(image, question, method)
-            overlays = [(explanation.overlay(number, 192), word) for number, word in enumerate(explanation.words)]
-            yield explanation.answer, gr.update(value=overlays, visible=True, columns=min(max(len(overlays), 2), 4))
-
-    def repaint(self, editor, region, prompt, seed, guidance, keep, request) -> Iterator[tuple]:  # type: ignore[no-untyped-def]
-        """-> stage, result, facts."""
-        import gradio as gr
-
-        hidden = gr.update(visible=False)
-        image, mask = painted_mask(editor)
-        if mask is not None and region != REGIONS[0]:
-            half = mask.width // 2
-            mask.paste(0, (0, 0, *mask.size))
-            mask.paste(255, (0, 0, half, mask.height) if region == REGIONS[1] else (half, 0, *mask.size))
-        steps = self.studio.repaint(
-            image,
-            mask,
-            prompt,
-            seed=whole(seed),
-            guidance_scale=guidance,
-            keep_pixels=keep,
-            session=self._session(request),
-        )
-        for step in steps:
-            if isinstance(step, Preview):
-                yield gr.update(value=self._progress(step), visible=True), hidden, hidden
-            elif step.stopped:
-                gr.Info("Stopped.", duration=3)
-                yield gr.skip(), hidden, hidden
-            else:
-                facts = [(str(step.calls), "calls of the transformer"), (str(step.tokens), "tokens drawn anew")]
-                facts.append((f"{step.seconds:.2f} s", "without the previews"))
-                yield hidden, gr.update(value=step.images[0], visible=True), gr.update(value=look.facts(facts), visible=True)
-
-    def accelerators(self, decoding, chosen) -> tuple:  # type: ignore[no-untyped-def]
-        """The accelerations that go with a decoding -> chooser, window."""
-        import gradio as gr
-
-        fitting = [PLAIN, *self.studio.accelerations(decoding)]
-        info = "Drafts several tokens that one call checks." if len(fitting) > 1 else "None goes with this decoding."
-        chosen = chosen if chosen in fitting else PLAIN
-        return gr.update(choices=fitting, value=chosen, info=info), gr.update(visible=chosen != PLAIN)
+PAINT_HELP = (
+    "Paint over what shall change and describe the whole picture as it shall be. Whole cells of tokens are drawn anew."
+)
 
 
 def build_page(studio: Studio, folder: Path) -> Any:
@@ -182,18 +49,24 @@ def build_page(studio: Studio, folder: Path) -> Any:
         chosen = drawing["chosen"]
 
         def hand_over(gallery: Any, number: int, tab: str) -> Any:
-            picture = gallery[min(number, len(gallery) - 1)][0] if gallery else None
-            return picture, gr.Tabs(selected=tab)
+            if not gallery:
+                raise gr.Error("Draw a picture first.", title="Nothing to take", duration=5, print_exception=False)
+            picture = gallery[min(number, len(gallery) - 1)][0]
+            return picture.resize((HANDED_OVER, HANDED_OVER), PIL.Image.Resampling.BICUBIC), gr.Tabs(selected=tab)
 
         for button, tab, target in (("ask", "understand", asking["image"]), ("paint", "inpaint", painting["editor"])):
             drawing[button].click(
-                lambda gallery, number, tab=tab: hand_over(gallery, number, tab), [drawing["gallery"], chosen], [target, tabs]
+                lambda gallery, number, tab=tab: hand_over(gallery, number, tab),
+                [drawing["gallery"], chosen],
+                [target, tabs],
             )
     page.queue(default_concurrency_limit=8)
     return page
 
 
-def _model_event(gr: Any, button: Any, work: Callable[..., Iterator[Any]], inputs: list, outputs: list, *others: Any) -> None:
+def _model_event(
+    gr: Any, button: Any, work: Callable[..., Iterator[Any]], inputs: list, outputs: list, *others: Any
+) -> None:
     """A click (or one of `others`) that runs the model: one at a time, while the page shows its progress itself."""
 
     @friendly
@@ -210,7 +83,9 @@ def _model_event(gr: Any, button: Any, work: Callable[..., Iterator[Any]], input
 
 def _seed_and_guidance(gr: Any, studio: Studio, prefix: str) -> tuple[Any, Any]:
     with gr.Row(equal_height=True):
-        seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, min_width=90, elem_id=f"{prefix}-seed")
+        seed = gr.Number(
+            0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, min_width=90, elem_id=f"{prefix}-seed"
+        )
         scale = float(studio.settings["guidance_scale"])
         info = "how strictly the prompt is followed; 1 is none"
         guidance = gr.Slider(1, max(6.0, scale), scale, step=0.25, label="Guidance scale", info=info, scale=2)
@@ -221,22 +96,27 @@ def _generate_tab(gr: Any, studio: Studio, handlers: Handlers) -> dict[str, Any]
     gr.HTML(f'<p class="armm-help">{DRAW_HELP}</p>')
     with gr.Row():
         with gr.Column(scale=5, min_width=340):
-            prompt = gr.Textbox(examples.PROMPTS[0], label="Prompt", lines=2, max_lines=3, elem_id="prompt", autofocus=True)
+            prompt = gr.Textbox(
+                examples.PROMPTS[0], label="Prompt", lines=2, max_lines=3, elem_id="prompt", autofocus=True
+            )
             with gr.Row():
                 draw = gr.Button("Draw", variant="primary", elem_id="draw", scale=3)
-                stop = gr.Button("Stop", elem_id="stop", min_width=70)
-                dice = gr.Button("New seed", elem_id="new-seed", min_width=90)
+                stop = gr.Button("Stop", elem_id="stop", min_width=80)
+                dice = gr.Button("New seed", elem_id="new-seed", min_width=130)
             seed, guidance = _seed_and_guidance(gr, studio, "draw")
             with gr.Row(equal_height=True):
                 count = gr.Slider(1, MAX_IMAGES, 1, step=1, label="Pictures", elem_id="count")
                 own = min(int(studio.settings["num_candidates"]), MAX_CANDIDATES)
                 info = "of each picture; the model keeps the best"
-                candidates = gr.Slider(1, MAX_CANDIDATES, own, step=1, label="Candidates", info=info, elem_id="candidates")
+                candidates = gr.Slider(
+                    1, MAX_CANDIDATES, own, step=1, label="Candidates", info=info, elem_id="candidates"
+                )
             names = [(f"{name.replace('_', ' ')} ({studio.calls(name)} calls)", name) for name in studio.decodings]
             decoding = gr.Radio(names, value=studio.decodings[0], label="Decoder", elem_id="decoder")
             fitting = [PLAIN, *studio.accelerations(studio.decodings[0])]
-            info = "Drafts several tokens that one call checks."
-            acceleration = gr.Radio(fitting, value=PLAIN, label="Accelerator", info=info, elem_id="accelerator")
+            acceleration = gr.Radio(
+                fitting, value=PLAIN, label="Accelerator", info=ACCELERATOR_INFO, elem_id="accelerator"
+            )
             window = gr.Slider(2, 32, 8, step=1, label="Tokens that one call looks at", visible=False, elem_id="window")
             gr.Examples([[text] for text in examples.PROMPTS], [prompt], label="Try one of these")
         with gr.Column(scale=6, min_width=340):
@@ -244,15 +124,14 @@ def _generate_tab(gr: Any, studio: Studio, handlers: Handlers) -> dict[str, Any]
             stage = gr.HTML(place, elem_id="stage")
             gallery = gr.Gallery(
                 label="Pictures", visible=False, elem_id="drawn", type="pil", format="png", object_fit="contain", interactive=False,
-                height=430, buttons=["download", "fullscreen"],
+                show_label=False, buttons=["download", "fullscreen"],
             )  # fmt: skip
             facts = gr.HTML(visible=False, elem_id="facts")
-            heat = gr.Image(
-                label="Where drafts were taken (yellow) and rejected (dark)", visible=False, elem_id="heat", format="png",
-                height=230, interactive=False, buttons=[],
-            )  # fmt: skip
             with gr.Row():
-                ask, paint = gr.Button("Ask about it", elem_id="ask-about"), gr.Button("Repaint it", elem_id="repaint-it")
+                ask, paint = (
+                    gr.Button("Ask about it", elem_id="ask-about"),
+                    gr.Button("Repaint it", elem_id="repaint-it"),
+                )
     with gr.Accordion("Words the model knows", open=False):
         gr.HTML(look.words(studio.words))
     chosen = gr.State(0)
@@ -263,8 +142,12 @@ def _generate_tab(gr: Any, studio: Studio, handlers: Handlers) -> dict[str, Any]
     choose.__annotations__["event"] = gr.SelectData
     gallery.select(choose, None, chosen, queue=False, api_name=False)
     dice.click(lambda: random.randrange(10_000), None, seed, queue=False, api_name=False)
-    decoding.change(handlers.accelerators, [decoding, acceleration], [acceleration, window], queue=False, api_name=False)
-    acceleration.change(lambda name: gr.update(visible=name != PLAIN), acceleration, window, queue=False, api_name=False)
+    decoding.change(
+        handlers.accelerators, [decoding, acceleration], [acceleration, window], queue=False, api_name=False
+    )
+    acceleration.change(
+        lambda name: gr.update(visible=name != PLAIN), acceleration, window, queue=False, api_name=False
+    )
 
     def halt(request: gr.Request) -> None:
         studio.stop(request.session_hash or "")
@@ -272,7 +155,7 @@ def _generate_tab(gr: Any, studio: Studio, handlers: Handlers) -> dict[str, Any]
     halt.__annotations__["request"] = gr.Request
     stop.click(halt, None, None, queue=False, api_name=False)
     inputs = [prompt, seed, count, guidance, candidates, decoding, acceleration, window]
-    _model_event(gr, draw, handlers.draw, inputs, [stage, gallery, facts, heat], prompt.submit)
+    _model_event(gr, draw, handlers.draw, inputs, [stage, gallery, facts], prompt.submit)
     return {"gallery": gallery, "chosen": chosen, "ask": ask, "paint": paint}
 
 
@@ -280,15 +163,21 @@ def _understand_tab(gr: Any, handlers: Handlers, pictures: list[str]) -> dict[st
     gr.HTML(f'<p class="armm-help">{ASK_HELP}</p>')
     with gr.Row():
         with gr.Column(scale=5, min_width=340):
-            image = gr.Image(pictures[0], label="Picture", type="pil", sources=["upload", "clipboard"], height=320, elem_id="seen")
+            image = gr.Image(
+                pictures[0], label="Picture", type="pil", sources=["upload", "clipboard"], height=400, elem_id="seen"
+            )
             gr.Examples([[path] for path in pictures], [image], label="Pictures made by the library")
         with gr.Column(scale=6, min_width=340):
-            question = gr.Textbox(label="Question", placeholder="empty: describe the picture", elem_id="question", max_lines=2)
+            question = gr.Textbox(
+                label="Question", placeholder="empty: describe the picture", elem_id="question", max_lines=2
+            )
             gr.Examples([[text] for text in examples.QUESTIONS if text], [question], label="Questions")
             answer_button = gr.Button("Answer", variant="primary", elem_id="ask")
-            answer = gr.Textbox(label="Answer", elem_id="answer", interactive=False, lines=1, max_lines=4, buttons=["copy"])
+            answer = gr.Textbox(
+                label="Answer", elem_id="answer", interactive=False, lines=1, max_lines=4, buttons=["copy"]
+            )
             overlays = gr.Gallery(
-                label="Where each word comes from", visible=False, elem_id="overlays", format="png", height=300,
+                label="Where each word comes from", visible=False, elem_id="overlays", format="png",
                 object_fit="contain", interactive=False, allow_preview=True, buttons=["download", "fullscreen"],
             )  # fmt: skip
             with gr.Row(equal_height=True):
@@ -296,7 +185,12 @@ def _understand_tab(gr: Any, handlers: Handlers, pictures: list[str]) -> dict[st
                 info = "attention of the last layers; Token Activation Maps and their variants"
                 method = gr.Dropdown(list(METHODS), value=METHODS[0], label="Method", info=info, scale=2)
     _model_event(
-        gr, answer_button, handlers.understand, [image, question, explained, method], [answer, overlays], question.submit
+        gr,
+        answer_button,
+        handlers.understand,
+        [image, question, explained, method],
+        [answer, overlays],
+        question.submit,
     )
     return {"image": image}
 
@@ -307,23 +201,23 @@ def _inpaint_tab(gr: Any, studio: Studio, handlers: Handlers, pictures: list[str
         with gr.Column(scale=5, min_width=340):
             editor = gr.ImageEditor(
                 pictures[1], label="Picture and mask", type="pil", image_mode="RGBA", sources=["upload", "clipboard"],
-                layers=False, transforms=(), brush=gr.Brush(default_size=40, colors=["#f8fafc"], color_mode="fixed"),
+                layers=False, transforms=(), brush=gr.Brush(default_size=40, colors=["#6366f1"], color_mode="fixed"),
                 eraser=gr.Eraser(default_size=40), canvas_size=(256, 256), height=470, elem_id="editor", buttons=[],
             )  # fmt: skip
             gr.Examples([[path] for path in pictures], [editor], label="Pictures made by the library")
         with gr.Column(scale=6, min_width=340):
             prompt = gr.Textbox(examples.REPAINTINGS[0], label="Prompt", lines=2, max_lines=3, elem_id="paint-prompt")
-            gr.Examples([[text] for text in examples.REPAINTINGS], [prompt], label="Prompts")
             region = gr.Radio(list(REGIONS), value=REGIONS[0], label="Draw anew", elem_id="region")
-            seed, guidance = _seed_and_guidance(gr, studio, "paint")
-            keep = gr.Checkbox(True, label="Keep the pixels of the rest as they are")
             button = gr.Button("Repaint", variant="primary", elem_id="repaint")
             stage = gr.HTML(look.stage(caption="The result appears here."), elem_id="paint-stage")
             result = gr.Image(
-                label="Result", visible=False, elem_id="repainted", format="png", height=320, interactive=False,
+                label="Result", visible=False, elem_id="repainted", format="png", height=400, interactive=False,
                 buttons=["download"],
             )  # fmt: skip
             facts = gr.HTML(visible=False, elem_id="paint-facts")
+            seed, guidance = _seed_and_guidance(gr, studio, "paint")
+            keep = gr.Checkbox(True, label="Keep the pixels of the rest as they are")
+            gr.Examples([[text] for text in examples.REPAINTINGS], [prompt], label="Try one of these")
     inputs = [editor, region, prompt, seed, guidance, keep]
     _model_event(gr, button, handlers.repaint, inputs, [stage, result, facts], prompt.submit)
     return {"editor": editor}
@@ -341,10 +235,7 @@ def serve(studio: Studio, host: str = "127.0.0.1", port: int = 7860) -> Iterator
         ImportError: gradio is missing. OSError: the port is taken.
     """
     require_gradio()
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    with tempfile.TemporaryDirectory(prefix="armm-demo-") as folder:
-        os.environ["GRADIO_TEMP_DIR"] = folder
+    with tempfile.TemporaryDirectory(prefix="armm-demo-") as folder, _environment(folder):
         from starlette.middleware import Middleware
 
         page = build_page(studio, Path(folder))
@@ -369,10 +260,24 @@ def serve(studio: Studio, host: str = "127.0.0.1", port: int = 7860) -> Iterator
             page.close(verbose=False)
 
 
+@contextlib.contextmanager
+def _environment(folder: str) -> Iterator[None]:
+    """What gradio reads from the environment: where files that come up go, and that nothing is reported to anyone."""
+    wanted = {"GRADIO_TEMP_DIR": folder, "GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
 def free_port(host: str) -> int:
     """A port that nothing listens on."""
-    import socket
-
     with socket.socket() as probe:
         probe.bind((host, 0))
         return probe.getsockname()[1]

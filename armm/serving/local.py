@@ -6,9 +6,7 @@ from typing import Any
 
 __all__ = ["POLICY", "OwnHostOnly"]
 
-POLICY = (
-    "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; object-src 'none'; base-uri 'self'; frame-ancestors 'self'"
-)
+POLICY = "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; object-src 'none'; base-uri 'self'; frame-ancestors 'self'"
 
 
 class OwnHostOnly:

@@ -36,11 +36,12 @@ MAX_SEED = 2**31 - 1
 MAX_IMAGES = 4
 MAX_CANDIDATES = 8
 PREVIEW_SIZE = 192
+MAX_SHOWN = 16  # candidates in a preview
 
 
 @dataclass
 class Preview:
-    """A drawing that is not finished: its pictures so far (all candidates), calls of the transformer, tokens known and in all."""
+    """A drawing that is not finished: its pictures so far (of the first candidates), calls of the transformer, tokens known and in all."""
 
     images: list[PIL.Image.Image]
     calls: int
@@ -86,7 +87,7 @@ class _Watch:
             with self.pace:
                 ids = self.preview(tensors["latents"])
                 known = int((ids >= 0).sum(1).min())
-                images = partial_images(self.tokenizer, ids, self.grid, PREVIEW_SIZE)
+                images = partial_images(self.tokenizer, ids[:MAX_SHOWN], self.grid, PREVIEW_SIZE)
                 self.show(Preview(images, self.calls, known, ids.shape[1]))
         return {}
 
@@ -112,7 +113,11 @@ class Studio:
         self._lock = threading.Lock()
         self._stops: dict[str, threading.Event] = {}
         own = self.drawer(self.decodings[0])
-        parts = {**own.components, "vocabulary": own.config.vocabulary, "generation_config": own.config.generation_config}
+        parts = {
+            **own.components,
+            "vocabulary": own.config.vocabulary,
+            "generation_config": own.config.generation_config,
+        }
         self.reader, self.painter = UnifiedImageToTextPipeline(**parts), UnifiedInpaintPipeline(**parts)
         for pipe in (self.reader, self.painter):
             pipe.set_progress_bar_config(disable=True)
