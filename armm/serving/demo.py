@@ -178,7 +178,7 @@ def _understand_tab(gr: Any, handlers: Handlers, pictures: list[str]) -> dict[st
             )
             overlays = gr.Gallery(
                 label="Where each word comes from", visible=False, elem_id="overlays", format="png",
-                object_fit="contain", interactive=False, allow_preview=True, buttons=["download", "fullscreen"],
+                object_fit="contain", interactive=False, fit_columns=False, buttons=["download", "fullscreen"],
             )  # fmt: skip
             with gr.Row(equal_height=True):
                 explained = gr.Checkbox(True, label="Explain the answer", elem_id="explain", min_width=120)

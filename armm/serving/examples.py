@@ -14,7 +14,7 @@ PROMPTS = (
     "a small red sphere to the left of a large blue cube",
     "at night, a large shiny green cone",
     "a shiny purple cylinder behind a small white cube",
-    "two yellow spheres and a cyan cube by day",
+    "a large cyan sphere to the right of a small yellow cone",
     "a large orange cube in front of a small green cylinder at dusk",
 )
 QUESTIONS = ("", "how many objects are there?", "what color is the cube?", "is there a sphere?", "is it day or night?")
