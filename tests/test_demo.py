@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
 import subprocess
 import sys
 import threading
@@ -14,6 +16,7 @@ from tiny_unified import unified_pipeline
 
 from armm.cli.main import main
 from armm.serving.live import Pace, live
+from armm.serving.requirements import usable_port
 from armm.serving.studio import Drawing, Preview, Studio, painted_mask
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -182,6 +185,43 @@ def test_a_missing_gradio_is_named(monkeypatch, capsys):
     assert main(["demo"]) == 2
     shown = capsys.readouterr().err
     assert 'pip install "armm[demo]"' in shown and "Traceback" not in shown
+
+
+def test_addresses_that_cannot_be_used_are_named():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ValueError, match=f"port {port} of 127.0.0.1 is taken"):
+            usable_port("127.0.0.1", port)
+        assert usable_port("127.0.0.1", 0) not in (0, port)
+    with pytest.raises(ValueError, match="no address of this machine"):
+        usable_port("203.0.113.7", 0)
+
+
+def test_the_command_serves_until_it_is_interrupted(studio, monkeypatch, capsys):
+    import armm.serving.demo as demo
+    import armm.serving.studio as work
+
+    served = []
+
+    @contextlib.contextmanager
+    def serve(studio, host, port):
+        served.append((studio, host, port))
+        yield f"http://{host}:{port}/"
+        served.append("closed")
+
+    def interrupted(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("armm.serving.requirements.require_gradio", lambda: None)
+    monkeypatch.setattr(work, "Studio", lambda folder, device, dtype: (folder, device.type, dtype))
+    monkeypatch.setattr(demo, "serve", serve)
+    monkeypatch.setattr(threading.Event, "wait", interrupted)
+    assert main(["demo", "--port", "0", "--weights", "some/folder", "--device", "cpu"]) == 0
+    (given, host, port), closed = served
+    assert given == ("some/folder", "cpu", torch.float32) and host == "127.0.0.1" and port > 0 and closed == "closed"
+    assert f"http://127.0.0.1:{port}/" in capsys.readouterr().out
 
 
 def test_a_wrong_folder_is_named(tmp_path):

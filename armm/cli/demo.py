@@ -37,16 +37,20 @@ def add(subparsers: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from armm.serving.requirements import require_gradio
+    from armm.serving.requirements import require_gradio, usable_port
 
     require_gradio()
+    port = usable_port(args.host, args.port)
     device = resolve_device(args.device)
 
     from armm.serving.demo import serve
     from armm.serving.studio import Studio
 
     studio = Studio(args.weights, device, resolve_dtype(args.dtype, device))
-    with serve(studio, args.host, args.port) as address:
+    with serve(studio, args.host, port) as address:
         print(f"armm demo: {address} (Ctrl-C ends it)", flush=True)
-        threading.Event().wait()
+        try:
+            threading.Event().wait()
+        except KeyboardInterrupt:
+            return 0
     return 0

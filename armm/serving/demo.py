@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import random
-import socket
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +15,7 @@ import PIL.Image
 from armm.serving import examples, look
 from armm.serving.handlers import ACCELERATOR_INFO, PLAIN, REGIONS, Handlers, friendly
 from armm.serving.local import OwnHostOnly
-from armm.serving.requirements import require_gradio
+from armm.serving.requirements import require_gradio, usable_port
 from armm.serving.studio import MAX_CANDIDATES, MAX_IMAGES, MAX_SEED, Studio
 
 __all__ = ["build_page", "serve"]
@@ -59,6 +58,7 @@ def build_page(studio: Studio, folder: Path) -> Any:
                 lambda gallery, number, tab=tab: hand_over(gallery, number, tab),
                 [drawing["gallery"], chosen],
                 [target, tabs],
+                api_name=False,
             )
     page.queue(default_concurrency_limit=8)
     return page
@@ -232,9 +232,10 @@ def serve(studio: Studio, host: str = "127.0.0.1", port: int = 7860) -> Iterator
         port: 0 takes a free one.
 
     Raises:
-        ImportError: gradio is missing. OSError: the port is taken.
+        ImportError: gradio is missing. ValueError: the address or the port cannot be used.
     """
     require_gradio()
+    port = usable_port(host, port)
     with tempfile.TemporaryDirectory(prefix="armm-demo-") as folder, _environment(folder):
         from starlette.middleware import Middleware
 
@@ -242,7 +243,7 @@ def serve(studio: Studio, host: str = "127.0.0.1", port: int = 7860) -> Iterator
         try:
             _, address, _ = page.launch(
                 server_name=host,
-                server_port=port or free_port(host),
+                server_port=port,
                 share=False,
                 prevent_thread_lock=True,
                 quiet=True,
@@ -274,10 +275,3 @@ def _environment(folder: str) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
-
-
-def free_port(host: str) -> int:
-    """A port that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return probe.getsockname()[1]
