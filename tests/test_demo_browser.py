@@ -162,7 +162,7 @@ def varied(image):
     return max(high - low for low, high in image.getextrema()) > 40
 
 
-def test_generate_draws_token_by_token(page):
+def generate_draws_token_by_token(page):
     page.open_tab("Generate")
     page.shoot("generate-before")
     page.write("#prompt textarea", "a large red cube")
@@ -178,7 +178,7 @@ def test_generate_draws_token_by_token(page):
     page.shoot("generate")
 
 
-def test_generate_with_an_accelerator_shows_what_it_saved(page):
+def generate_with_an_accelerator_shows_what_it_saved(page):
     page.open_tab("Generate")
     page.click("#accelerator input[value=JacobiSpeculative]")
     page.wait(lambda: page.find("#window"), "the window")
@@ -191,7 +191,7 @@ def test_generate_with_an_accelerator_shows_what_it_saved(page):
     page.wait(lambda: page.find("#accelerator input[value=none]").is_selected(), "the accelerator to go")
 
 
-def test_a_mistake_is_explained_on_the_page(page):
+def a_mistake_is_explained_on_the_page(page):
     page.open_tab("Generate")
     page.write("#prompt textarea", "a purple dinosaur")
     page.click("#draw")
@@ -202,7 +202,7 @@ def test_a_mistake_is_explained_on_the_page(page):
     page.wait(lambda: page.find(".toast-body") is None, "the message to go")
 
 
-def test_understand_answers_and_explains(page):
+def understand_answers_and_explains(page):
     page.open_tab("Understand")
     page.wait(lambda: page.find("#seen img"), "the example picture")
     page.write("#question textarea", "how many objects are there?")
@@ -215,7 +215,7 @@ def test_understand_answers_and_explains(page):
     page.shoot("understand")
 
 
-def test_understand_writes_a_caption(page):
+def understand_writes_a_caption(page):
     page.open_tab("Understand")
     page.write("#question textarea", "")
     page.click("#ask")
@@ -227,7 +227,7 @@ def test_understand_writes_a_caption(page):
     page.shoot("understand-caption")
 
 
-def test_inpaint_repaints_what_was_painted(page):
+def inpaint_repaints_what_was_painted(page):
     page.open_tab("Inpaint")
     canvas = page.wait(lambda: page.find("#editor canvas"), "the canvas")
     time.sleep(1.0)
@@ -249,7 +249,7 @@ def test_inpaint_repaints_what_was_painted(page):
     page.shoot("inpaint")
 
 
-def test_a_drawn_picture_can_be_asked_about(page):
+def a_drawn_picture_can_be_asked_about(page):
     page.open_tab("Generate")
     page.write("#prompt textarea", "a large green cone")
     before = page.find("#drawn img").get_attribute("src")
@@ -262,9 +262,22 @@ def test_a_drawn_picture_can_be_asked_about(page):
     page.wait(lambda: page.find("#answer textarea").get_attribute("value") == "green", "the answer")
 
 
-def test_no_request_leaves_this_machine(page):
+def no_request_leaves_this_machine(page):
     assert page.hosts() == {"127.0.0.1"}
     severe = [
         entry["message"] for entry in page.browser.get_log("browser") if "Content Security Policy" in entry["message"]
     ]
     assert not severe, severe
+
+
+@pytest.mark.slow
+def test_the_page(page):
+    """Everything in one browser, one thing after the other: a page and a model for each would take minutes."""
+    generate_draws_token_by_token(page)
+    generate_with_an_accelerator_shows_what_it_saved(page)
+    a_mistake_is_explained_on_the_page(page)
+    understand_answers_and_explains(page)
+    understand_writes_a_caption(page)
+    inpaint_repaints_what_was_painted(page)
+    a_drawn_picture_can_be_asked_about(page)
+    no_request_leaves_this_machine(page)
