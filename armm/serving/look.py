@@ -42,7 +42,7 @@ CSS = """
 .armm-heat img { width: 132px; border-radius: 8px; image-rendering: pixelated; }
 #repainted img, #seen img { width: 100%; height: 100%; object-fit: contain; }
 #drawn .grid-wrap, #overlays .grid-wrap { max-height: none; height: auto; }
-#overlays .grid-wrap { margin-top: 30px; }
+#overlays .grid-wrap { margin-top: 30px; min-height: 0; }
 #answer textarea { font-size: 1.12rem; line-height: 1.5; }
 footer { display: none !important; }
 """
