@@ -62,7 +62,7 @@ PUBLIC_NAMES: dict[str, str] = {
     "Condition": "armm.condition",
     "CategoricalHead": "armm.heads.categorical",
     "AdaptiveHead": "armm.heads.adaptive",
-    "KVCache": "armm.cache",
+    "KVCache": "armm.nn.cache",
     "attention_backend": "armm.nn.attention",
     # decoding
     "Sampler": "armm.decoding.sampling",
@@ -99,6 +99,8 @@ PUBLIC_NAMES: dict[str, str] = {
     "Codes": "tokenizers_visual.codes",
     "VisualTokenizer": "tokenizers_visual.base",
     "KLTokenizer": "tokenizers_visual.kl_tokenizer",
+    "ATokenTokenizer": "tokenizers_visual.atoken",
+    "MingTokTokenizer": "tokenizers_visual.mingtok",
     "LARPTokenizer": "tokenizers_visual.larp",
     "VQTokenizer": "tokenizers_visual.vq_tokenizer",
     "VisionEncoder": "tokenizers_visual.vision_encoder",
