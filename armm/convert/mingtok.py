@@ -45,6 +45,11 @@ def flat(tensor: torch.Tensor, context: Mapping[str, Any]) -> torch.Tensor:
     return tensor.flatten()
 
 
+def negated(tensor: torch.Tensor, context: Mapping[str, Any]) -> torch.Tensor:
+    """The authors' velocities point from noise to data, those of `FlowSolver` from data to noise."""
+    return -tensor
+
+
 def _gated(theirs: str, ours: str) -> tuple[Rule, ...]:
     return (
         Rule(theirs + "mlp.w12.{leaf}", (ours + "mlp.gate.{leaf}", ours + "mlp.up.{leaf}"), halves),
@@ -81,10 +86,18 @@ RULES: tuple[Rule, ...] = (
     Rule("pixel_decoder.norm.{leaf}", "pixel_norm.{leaf}"),
     Rule("pixel_decoder.head.{leaf}", "pixel_projection.{leaf}"),
 )
-HEAD_RULES: tuple[Rule, ...] = (
-    *head_rules("net", "head"),
-    *_gated("net.res_blocks.{i}.", "head.blocks.{i}."),
-)
+
+
+def flow_rules(source: str, target: str) -> tuple[Rule, ...]:
+    """The rules of the flow head."""
+    return (
+        Rule(f"{source}.final_layer.linear.{{leaf}}", f"{target}.output.projection.{{leaf}}", negated),
+        *head_rules(source, target),
+        *_gated(f"{source}.res_blocks.{{i}}.", f"{target}.blocks.{{i}}."),
+    )
+
+
+HEAD_RULES: tuple[Rule, ...] = flow_rules("net", "head")
 
 
 def convert(

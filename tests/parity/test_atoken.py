@@ -15,6 +15,7 @@ from armm.convert.keymap import apply_rules
 from tokenizers_visual import ATokenTokenizer, SparseTokens
 
 ATOL = 1e-4
+UNIT_ATOL = 2e-5  # of vectors of unit length, whose entries are small; stricter than asked
 CASES = [
     pytest.param(Case(path.parent), id=path.parent.name) for path in sorted((parity_root() / "atoken").glob("*/config.json"))
 ]
@@ -59,7 +60,7 @@ def tag_checks(case: Case, tokenizer: ATokenTokenizer, tag: str) -> Iterator[Che
     encoding = tokenizer.encode_tokens(tokens)
     yield Check(f"{tag}_encoder_tokens", encoding.features, io[f"{tag}_encoder_tokens"], ATOL)
     yield Check(f"{tag}_moments", encoding.moments, io[f"{tag}_moments"], ATOL)
-    yield Check(f"{tag}_pooled_normalized", encoding.pooled, io[f"{tag}_pooled_normalized"], ATOL)
+    yield Check(f"{tag}_pooled_normalized", encoding.pooled, io[f"{tag}_pooled_normalized"], UNIT_ATOL)
     if tokenizer.is_discrete:
         vectors = encoding.moments[:, : tokenizer.latent_channels]
         ids = tokenizer.quantizer.ids(vectors)
@@ -96,19 +97,23 @@ def test_every_recorded_array_is_reproduced(case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_scaling_any_tensor_by_a_twentieth_is_noticed(case):
-    """On the smallest tag alone, which every tensor has a part in."""
+    """On the smallest tag first, in which most tensors are noticed."""
     state, tokenizer = load_state_dict(case.checkpoint), load(case)
-    tag = min(tags(case), key=lambda tag: len(case.io[f"{tag}_sparse_feats"]))
+    ordered = sorted(tags(case), key=lambda tag: len(case.io[f"{tag}_sparse_feats"]))
+
+    def problem() -> str | None:
+        return first_problem(check for tag in ordered for check in tag_checks(case, tokenizer, tag))
+
     parameters, unnoticed = tokenizer.state_dict(), []
     for name, tensor in state.items():
         scaled = apply_rules({name: tensor * 1.05}, RULES)
         saved = {target: parameters[target].clone() for target in scaled}
         for target, value in scaled.items():
             parameters[target].copy_(value)
-        problem = first_problem(tag_checks(case, tokenizer, tag))
+        noticed = problem() is not None
         for target, value in saved.items():
             parameters[target].copy_(value)
-        if problem is None:
+        if not noticed:
             unnoticed.append(name)
     assert not unnoticed, f"the case does not notice: {unnoticed}"
-    assert first_problem(tag_checks(case, tokenizer, tag)) is None, "the scaled tensors were not restored"
+    assert problem() is None, "the scaled tensors were not restored"

@@ -1,0 +1,139 @@
+"""Parity with MingTok and Ming-UniVision (inclusionAI/Ming-UniVision, commit 3bbdd2f): every recorded array of every case."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from harness import Case, Check, all_problems, first_problem, parity_root
+
+from armm.convert import convert
+from armm.convert.containers import load_state_dict
+from armm.convert.keymap import apply_rules
+from armm.convert.mingtok import HEAD_RULES, RULES
+from armm.decoding.guidance import ContextGuidance
+from armm.decoding.next_latent import flow_sample
+from armm.decoding.solvers.flow import FlowSolver
+from armm.heads.diffusion import DiffusionHead
+from tokenizers_visual import MingTokTokenizer
+
+ATOL = 1e-4
+MODULES = {"tokenizer": "MingTok", "flow_head": "RectifiedFlowLoss", "ar_generate": "BailingMoe"}
+
+
+def cases(kind: str) -> list[Any]:
+    found = [Case(path.parent) for path in sorted((parity_root() / "mingtok").glob("*/config.json"))]
+    return [pytest.param(case, id=case.name) for case in found if MODULES[kind] in case.config["module"]]
+
+
+def test_there_are_cases():
+    assert all(cases(kind) for kind in MODULES)
+
+
+# ---------------------------------------------------------------------- the tokenizer
+
+
+def tokenizer_checks(tokenizer: MingTokTokenizer, io: dict[str, torch.Tensor]) -> Iterator[Check]:
+    for suffix in ("", "_large"):
+        image = io[f"image{suffix}"]
+        raw = tokenizer.latents(image)
+        if not suffix:
+            yield Check("low_level_output", raw, io["low_level_output"], ATOL)
+        yield Check(f"latent_normalized{suffix}", tokenizer.scale(raw), io[f"latent_normalized{suffix}"], ATOL)
+        codes = tokenizer.encode(image)
+        yield Check(f"semantic_tokens{suffix}", tokenizer.features(image), io[f"semantic_tokens{suffix}"], ATOL)
+        yield Check(f"semantic_tokens{suffix}", tokenizer.embed(codes), io[f"semantic_tokens{suffix}"], ATOL)
+        if not suffix:
+            cache = tokenizer.allocate_cache(len(image), codes.num_tokens)
+            steps = [tokenizer.read(latent, cache) for latent in codes.tensor.split(1, dim=1)]
+            yield Check("semantic_tokens_cached", torch.cat(steps, dim=1), io["semantic_tokens_cached"], ATOL)
+        yield Check(f"reconstruction{suffix}", tokenizer.decode(codes).clamp(-1, 1), io[f"reconstruction{suffix}"], ATOL)
+
+
+@pytest.mark.parametrize("case", cases("tokenizer"))
+def test_the_tokenizer(case):
+    tokenizer = convert("mingtok", case.path, dtype=torch.float32)
+    for fused in (False, True):
+        if fused:
+            tokenizer.fuse_projections()
+        found = list(tokenizer_checks(tokenizer, case.io))
+        assert not all_problems(iter(found))
+    assert {check.name for check in found} | {"image", "image_large"} == set(case.io)
+
+
+# ---------------------------------------------------------------------- the flow head
+
+
+def head_checks(head: DiffusionHead, io: dict[str, torch.Tensor], steps: int) -> Iterator[Check]:
+    velocity = head(io["net_x"][:, None], 1000 * io["net_t"][:, None], head.condition(io["net_cond"][:, None]))
+    yield Check("net_velocity", -velocity[:, 0], io["net_velocity"], ATOL)
+    rows, noise = io["sample_cond_rows"], io["sample_noise"]
+    plain = ContextGuidance(3.0, 1.1)
+    runs = {
+        "sample_rows1": (1, ContextGuidance(), 1.0, 1.0),
+        "sample_rows1_cfg1": (1, ContextGuidance(), 1.0, 1.0),
+        "sample_rows2": (2, ContextGuidance(3.0), 1.0, 1.0),
+        "sample_rows3": (3, plain, 1.0, 1.0),
+        "sample_rows2_temp08_renorm": (2, ContextGuidance(4.5, shorten=True), 0.8, 1.0),
+        "sample_rows3_renorm_shift": (3, ContextGuidance(2.5, 1.4, shorten=True), 1.0, 2.0),
+    }
+    for name, (count, guidance, temperature, shift) in runs.items():
+        # theirs: condition, null, null with images; ours: full, images, null
+        own = rows[:count] if count < 3 else rows[[0, 2, 1]]
+        condition = head.condition(own[:, None])
+        solver = FlowSolver(shift=shift)
+        drawn = flow_sample(head, condition, noise[:, None] * temperature, solver, steps, guidance)
+        yield Check(name, drawn[:, 0].expand(count, -1), io[name], ATOL)
+
+
+@pytest.mark.parametrize("case", cases("flow_head"))
+def test_the_flow_head(case):
+    head = convert("mingtok", case.checkpoint, dtype=torch.float32)
+    found = list(head_checks(head, case.io, int(case.config["num_sampling_steps"])))
+    assert not all_problems(iter(found))
+    given = {"net_x", "net_t", "net_cond", "sample_cond_rows", "sample_noise"}
+    assert {check.name for check in found} | given == set(case.io)
+
+
+# ---------------------------------------------------------------------- the cases notice every tensor
+
+
+def unnoticed(
+    state: dict[str, torch.Tensor], module: torch.nn.Module, rules: Any, checks: Any, skip: Any = lambda name: False
+) -> list[str]:
+    """Names of tensors that `checks` do not miss a twentieth of."""
+    parameters, found = module.state_dict(), []
+    for name, tensor in state.items():
+        if skip(name):
+            continue
+        scaled = apply_rules({name: tensor.float() * 1.05}, rules)
+        saved = {target: parameters[target].clone() for target in scaled}
+        for target, value in scaled.items():
+            parameters[target].copy_(value)
+        problem = first_problem(checks())
+        for target, value in saved.items():
+            parameters[target].copy_(value)
+        if problem is None:
+            found.append(name)
+    assert first_problem(checks()) is None, "the scaled tensors were not restored"
+    return found
+
+
+@pytest.mark.parametrize("case", cases("tokenizer"))
+def test_the_tokenizer_notices_every_tensor(case):
+    state = load_state_dict(case.path / "model.safetensors")
+    tokenizer = convert("mingtok", case.path, dtype=torch.float32)
+    assert not unnoticed(state, tokenizer, RULES, partial(tokenizer_checks, tokenizer, case.io))
+
+
+@pytest.mark.parametrize("case", cases("flow_head"))
+def test_the_flow_head_notices_every_tensor(case):
+    state = load_state_dict(case.checkpoint)
+    head = convert("mingtok", case.checkpoint, dtype=torch.float32)
+    module = torch.nn.ModuleDict({"head": head})
+    assert not unnoticed(
+        state, module, HEAD_RULES, partial(head_checks, head, case.io, int(case.config["num_sampling_steps"]))
+    )
