@@ -18,7 +18,8 @@ from armm.decoding.guidance import ContextGuidance
 from armm.decoding.next_latent import flow_sample
 from armm.decoding.solvers.flow import FlowSolver
 from armm.heads.diffusion import DiffusionHead
-from tokenizers_visual import MingTokTokenizer
+from pipelines.ming_univision import MingUniVisionPipeline
+from tokenizers_visual import Codes, MingTokTokenizer
 
 ATOL = 1e-4
 MODULES = {"tokenizer": "MingTok", "flow_head": "RectifiedFlowLoss", "ar_generate": "BailingMoe"}
@@ -96,6 +97,62 @@ def test_the_flow_head(case):
     assert not all_problems(iter(found))
     given = {"net_x", "net_t", "net_cond", "sample_cond_rows", "sample_noise"}
     assert {check.name for check in found} | given == set(case.io)
+
+
+# ---------------------------------------------------------------------- drawing with the language model
+
+
+def drawing_checks(pipe: MingUniVisionPipeline, io: dict[str, torch.Tensor], tag: str) -> Iterator[Check]:
+    model, ids = pipe.transformer, io[f"{tag}_input_ids"]
+    image = io.get(f"{tag}_input_image")
+    features = None if image is None else pipe.tokenizer.features(image)
+    places = None if image is None else ids == pipe.special("image")
+    condition = model.prompt_condition(ids, None, features, places)
+    yield Check(f"{tag}_prompt_logits", model.logits(model.hidden(condition)), io[f"{tag}_prompt_logits"], ATOL)
+    # theirs: the row that sees images falls away where it equals the one that sees nothing
+    masks = [io[name].bool() for row in ("text_uncond", "uncond") if (name := f"{tag}_{row}_attention_mask") in io]
+    views = [mask for number, mask in enumerate(masks) if number == len(masks) - 1 or not torch.equal(mask, masks[-1])]
+    scales = {0: (1.0, None), 1: (3.0, None), 2: (3.0, 1.1)}[len(views)]
+    settings = pipe.check_settings()
+    assert (settings["guidance_scale"], settings["image_guidance_scale"]) == (3.0, 1.1)
+    output = pipe.draw(
+        condition,
+        views,
+        model.grid,
+        settings,
+        guidance=ContextGuidance(*scales),
+        noise=list(io[f"{tag}_noise"][:, None]),
+        next_word=True,
+    )
+    yield Check(f"{tag}_latents", output.latents, io[f"{tag}_latents"], ATOL)
+    pixels = pipe.tokenizer.decode_features(output.features, model.grid)
+    yield Check(f"{tag}_image", pixels.clamp(-1, 1), io[f"{tag}_image"], 5e-4)
+    decoded = pipe.tokenizer.decode(Codes(latents=output.latents, grid=(1, *model.grid)))
+    yield Check(f"{tag}_image", decoded.clamp(-1, 1), io[f"{tag}_image"], 5e-4)
+    yield Check(f"{tag}_next_text_logits", output.logits, io[f"{tag}_next_text_logits"], ATOL)
+
+
+def drawing_tags(case: Case) -> list[str]:
+    """What was drawn, with the most rows first."""
+    return sorted(name.removesuffix("_latents") for name in case.io if name.endswith("_latents"))
+
+
+def load_pipeline(case: Case) -> MingUniVisionPipeline:
+    pipe = convert("ming_univision", case.path, dtype=torch.float32)
+    pipe._interrupt = False
+    return pipe
+
+
+@pytest.mark.parametrize("case", cases("ar_generate"))
+@pytest.mark.parametrize("fused", [False, True])
+def test_drawing(case, fused):
+    pipe = load_pipeline(case)
+    if fused:
+        pipe.fuse_projections()
+    found = [check for tag in drawing_tags(case) for check in drawing_checks(pipe, case.io, tag)]
+    assert not all_problems(iter(found))
+    given = ("_input_ids", "_attention_mask", "_input_image", "_noise")
+    assert {check.name for check in found} | {name for name in case.io if name.endswith(given)} == set(case.io)
 
 
 # ---------------------------------------------------------------------- the cases notice every tensor
