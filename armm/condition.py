@@ -157,6 +157,10 @@ def concatenate(conditions: list[Condition]) -> Condition:
     vector = torch.cat(vectors) if vectors else None
     routes = None
     if any(part.routes is not None for part in parts):
-        every = [part.embeds.new_zeros(part.batch, length, dtype=torch.long) if part.routes is None else part.routes for part in parts]
-        routes = torch.cat(every)
+        routes = torch.cat(
+            [
+                part.embeds.new_zeros(part.batch, length, dtype=torch.long) if part.routes is None else part.routes
+                for part in parts
+            ]
+        )
     return Condition(torch.cat([part.embeds for part in parts]), mask, index, bidirectional.pop(), vector, routes)

@@ -112,7 +112,9 @@ class MultimodalModel(TrunkModel):
             self.latent_head = build_diffusion_head(head, options["dim"], self.latent_channels)
         routers = (self.trunk.config.experts or {}).get("routers", 1)
         if not 0 <= image_route < routers:
-            raise ValueError(f"image_route must be the number of one of the trunk's {routers} routers, got {image_route}")
+            raise ValueError(
+                f"image_route must be the number of one of the trunk's {routers} routers, got {image_route}"
+            )
         self.image_route = image_route
 
     @property

@@ -297,8 +297,8 @@ class ARTransformer(ModelMixin, ConfigMixin):
         segments [N], which says for each token the row that it follows; with "branches" a pair of conditions, with "tasks" the
         task of each row, int64 [B] or [1]. context: [B, N, context_dim], standing at the positions of the tokens. hook: looks in between
         the blocks, and may shorten the sequence there. repeated: calls of this very shape come again and again, so fused weights
-        may be packed for it (single tokens always count as such). routes: int64 [B, N], the router that chooses each token's experts (default:
-        the first).
+        may be packed for it (single tokens always count as such). routes: int64 [B, N], the router that chooses each token's
+        experts (default: the first).
         """
         length = embeds.shape[1]
         x, rotary = embeds, None

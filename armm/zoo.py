@@ -16,7 +16,7 @@ class ZooEntry:
         name: how `armm.pipeline` and `armm zoo` call it.
         family: the converter that reads its files.
         task: "class-to-image", "text-to-image", "text-and-image" (draws, reads and converses), "restoration" or "tokenizer".
-        repo: hub repository of `file`.
+        repo: hub repository of `file`, or the address of the folder where its authors keep it.
         file: the authors' own file; empty where the whole repository is the checkpoint.
         parameters: of the model in `file`, in millions.
         licence: as the authors state it.
@@ -234,6 +234,66 @@ _JANUS_ENTRIES = (
     _janus("Janus-Pro-1B", 2090, "2501.17811", {"GenEval": 0.73, "DPG-Bench": 82.63, "POPE": 86.2, "MMBench": 75.5}),
     _janus("Janus-Pro-7B", 7420, "2501.17811", {"GenEval": 0.80, "DPG-Bench": 84.19, "POPE": 87.4, "MMBench": 79.2}),
 )
+_MINGTOK: dict[str, Any] = {
+    "licence": "MIT (code); no separate weight licence stated: see the hub card",
+    "paper": "2510.06590",
+}
+# What the authors measured of the tokenizer, at 512 pixels: alone, and with the semantic decoder trained on with the language model.
+_MINGTOK_ENTRIES = (
+    ZooEntry(
+        "mingtok-vision",
+        family="mingtok",
+        task="tokenizer",
+        repo="inclusionAI/MingTok-Vision",
+        file="",
+        parameters=698,
+        figures={"rFID": 0.54, "PSNR": 30.77, "SSIM": 0.62, "LPIPS": 0.14},
+        **_MINGTOK,
+    ),
+    ZooEntry(
+        "ming-univision-16b-a3b",
+        family="ming_univision",
+        task="text-and-image",
+        repo="inclusionAI/Ming-UniVision-16B-A3B",
+        file="",
+        parameters=19000,
+        image_size=512,
+        generation_config={
+            "guidance_scale": 3.0,
+            "image_guidance_scale": 1.1,
+            "temperature": 1.0,
+            "num_inference_steps": 16,
+        },
+        figures={"GenEval": 0.85, "DPG-Bench": 82.12, "MMBench": 78.5, "rFID of its tokenizer": 0.38},
+        **_MINGTOK,
+    ),
+)
+
+
+def _atoken(
+    name: str, config: dict[str, Any] | None = None, figures: dict[str, float] | None = None
+) -> ZooEntry:
+    return ZooEntry(
+        f"atoken-{name}",
+        family="atoken",
+        task="tokenizer",
+        repo="https://ml-site.cdn-apple.com/models/atoken",
+        file=f"atoken-{name}.pt",
+        parameters=_ATOKEN_SIZE,
+        licence="Apple Sample Code License (code); Apple ML Research Model TOU, research only (weights)",
+        figures=figures or {},
+        config=config or {},
+        paper="2509.14476",
+    )
+
+
+_ATOKEN_SIZE = 846
+_ATOKEN_ENTRIES = (
+    _atoken("soc", figures={"rFID": 0.21, "rFVD": 3.01, "ImageNet zero-shot accuracy": 82.2}),
+    _atoken("sod", {"use_quantizer": True, "quantizer_codebook_size": 4096, "quantizer_num_codebooks": 8}),
+    _atoken("soc-s1"),
+    _atoken("soc-s2"),
+)
 _NO_LICENCE = "none stated: neither code nor weights have a licence file"
 
 
@@ -409,7 +469,7 @@ _CHAMELEON_ENTRIES = (
         paper="2503.11073",
     ),
 )
-_ALL = (*_ENTRIES, *_ELM_ENTRIES, *_CONTINUOUS_ENTRIES, *_CHAMELEON_ENTRIES, *_JANUS_ENTRIES)
+_ALL = (*_ENTRIES, *_ELM_ENTRIES, *_CONTINUOUS_ENTRIES, *_CHAMELEON_ENTRIES, *_JANUS_ENTRIES, *_MINGTOK_ENTRIES, *_ATOKEN_ENTRIES)
 ZOO: dict[str, ZooEntry] = {entry.name: entry for entry in _ALL}
 
 

@@ -39,7 +39,9 @@ class MingPrompt:
         return [not low <= place < high or value in image_ids for place, value in enumerate(self.ids)]
 
 
-def build_prompt(words: BPETokenizer, turns: Any, special: dict[str, int], tokens_per_image: int, draw: bool) -> MingPrompt:
+def build_prompt(
+    words: BPETokenizer, turns: Any, special: dict[str, int], tokens_per_image: int, draw: bool
+) -> MingPrompt:
     """The prompt of a conversation, up to where the model answers.
 
     Args:
@@ -57,7 +59,9 @@ def build_prompt(words: BPETokenizer, turns: Any, special: dict[str, int], token
     for number, (text, images) in enumerate(said):
         shown = pictures(images) if images else []
         if text.count(IMAGE) != len(shown):
-            raise ValueError(f"turn {number} mentions {text.count(IMAGE)} images ({IMAGE}), but {len(shown)} are given.")
+            raise ValueError(
+                f"turn {number} mentions {text.count(IMAGE)} images ({IMAGE}), but {len(shown)} are given."
+            )
         prompt.ids += words.encode(ASSISTANT if number % 2 else USER)
         first = len(prompt.ids)
         pieces = text.split(IMAGE)

@@ -36,7 +36,9 @@ class MingReading(UnderstandingPipeline):
     def special(self, name: str) -> int:
         """The id with the meaning `name`; a ValueError where neither `special_ids` nor the text tokenizer has it."""
         if name not in self.special_ids:
-            raise ValueError(f"this pipeline does not know the id of {name!r}: give it in `special_ids`, or a `text_tokenizer`.")
+            raise ValueError(
+                f"this pipeline does not know the id of {name!r}: give it in `special_ids`, or a `text_tokenizer`."
+            )
         return self.special_ids[name]
 
     @property
@@ -83,7 +85,9 @@ class MingReading(UnderstandingPipeline):
         if not prompt.ids or min(prompt.ids) < 0 or max(prompt.ids) >= words:
             raise ValueError(f"ids must lie in 0 .. {words - 1}, at least one of them.")
         if len(prompt.ids) >= limit:
-            raise ValueError(f"the prompt has {len(prompt.ids)} tokens, this model takes less than {limit}: shorten it.")
+            raise ValueError(
+                f"the prompt has {len(prompt.ids)} tokens, this model takes less than {limit}: shorten it."
+            )
         ids = torch.tensor([prompt.ids], device=self._execution_device)
         if pixels is None:
             return self.transformer.prompt_condition(ids)

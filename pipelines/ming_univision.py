@@ -85,7 +85,11 @@ class MingUniVisionPipeline(MingReading):
         given = {name: int(value) for name, value in (special_ids or {}).items()}
         for name in given:
             loading.check_choice(name, sorted(SPECIAL_TOKENS), "`special_ids` key")
-        found = {} if text_tokenizer is None else {name: text_tokenizer.id_of(token) for name, token in SPECIAL_TOKENS.items()}
+        found = (
+            {}
+            if text_tokenizer is None
+            else {name: text_tokenizer.id_of(token) for name, token in SPECIAL_TOKENS.items()}
+        )
         self.special_ids = {**given, **{name: index for name, index in found.items() if index is not None}}
         if reading_size is None and tokenizer is not None:
             reading_size = 2 * tokenizer.config.image_size
@@ -98,8 +102,13 @@ class MingUniVisionPipeline(MingReading):
     def _check_parts(tokenizer: MingTokTokenizer, transformer: MultimodalModel) -> None:
         projector = transformer.feature_projection
         if not transformer.latent_channels or projector is None:
-            raise ValueError("`transformer` draws no latents or reads no features: it is not the language model of this pipeline.")
-        ours, theirs = (tokenizer.latent_channels, tokenizer.feature_dim), (transformer.latent_channels, projector.in_dim)
+            raise ValueError(
+                "`transformer` draws no latents or reads no features: it is not the language model of this pipeline."
+            )
+        ours, theirs = (
+            (tokenizer.latent_channels, tokenizer.feature_dim),
+            (transformer.latent_channels, projector.in_dim),
+        )
         if ours != theirs:
             raise ValueError(
                 f"`tokenizer` has latents and features of width {ours}, `transformer` draws and reads {theirs}: these components do not "
@@ -254,7 +263,11 @@ class MingUniVisionPipeline(MingReading):
         return sizes[0], sizes[1]
 
     def check_settings(
-        self, guidance_scale: Any = None, image_guidance_scale: Any = None, num_inference_steps: Any = None, temperature: Any = None
+        self,
+        guidance_scale: Any = None,
+        image_guidance_scale: Any = None,
+        num_inference_steps: Any = None,
+        temperature: Any = None,
     ) -> dict[str, Any]:
         """The settings of drawing, with this checkpoint's where an argument is None."""
         settings = {
@@ -286,7 +299,9 @@ class MingUniVisionPipeline(MingReading):
         if len(shown) == 1:
             shown = shown * len(texts)
         if shown and len(shown) != len(texts):
-            raise ValueError(f"`image` holds {len(shown)} images for {len(texts)} prompts: give one, or one for each prompt.")
+            raise ValueError(
+                f"`image` holds {len(shown)} images for {len(texts)} prompts: give one, or one for each prompt."
+            )
         return [self.prompt([[*shown[row : row + 1], text]], draw=True) for row, text in enumerate(texts)]
 
     # ------------------------------------------------------------------ conversing
@@ -343,7 +358,9 @@ class MingUniVisionPipeline(MingReading):
             contents += [text] if text.strip() else []
             if not begun:
                 break
-            condition = self._extend(condition, self.transformer.embed(torch.tensor([ids], device=self._execution_device)))
+            condition = self._extend(
+                condition, self.transformer.embed(torch.tensor([ids], device=self._execution_device))
+            )
             views = [torch.nn.functional.pad(view, (0, len(ids)), value=True) for view in views]
             image = self.draw(condition, views, grid, settings, guidance=guidance, noise=generator)
             contents += self.pixels_to_images(self.tokenizer.decode_features(image.features, grid), "pil")

@@ -185,13 +185,23 @@ class ATokenTokenizer(VisualTokenizer):
         if min(patch_size) < 1 or height != width:
             raise ValueError(f"`patch_size` must be (frames, side, side), all positive, got {list(patch_size)}.")
         if window_frames < frames or window_frames % frames:
-            raise ValueError(f"`window_frames` must be a multiple of the {frames} frames of a patch, got {window_frames}.")
+            raise ValueError(
+                f"`window_frames` must be a multiple of the {frames} frames of a patch, got {window_frames}."
+            )
         if codebook_size and codebook_size not in FSQ_LEVELS:
             raise ValueError(f"`codebook_size` must be 0 or one of {sorted(FSQ_LEVELS)}, got {codebook_size}.")
         self.patch_size = (frames, height, width)
         features = in_channels * frames * height * width
         self.encoder = SparseTransformer(
-            features, encoder_dim, encoder_layers, encoder_heads, encoder_mlp_hidden, "layer", True, None, position_table
+            features,
+            encoder_dim,
+            encoder_layers,
+            encoder_heads,
+            encoder_mlp_hidden,
+            "layer",
+            True,
+            None,
+            position_table,
         )
         self.pooling = PoolingHead(encoder_dim, encoder_heads, encoder_mlp_hidden, True)
         self.moments_projection = nn.Linear(encoder_dim, 2 * latent_channels, bias=False)
@@ -199,7 +209,15 @@ class ATokenTokenizer(VisualTokenizer):
             FiniteScalarQuantizer(FSQ_LEVELS[codebook_size], num_codebooks, latent_channels) if codebook_size else None
         )
         self.decoder = SparseTransformer(
-            latent_channels, decoder_dim, decoder_layers, decoder_heads, decoder_mlp_hidden, "rms", False, "head_rms", position_table
+            latent_channels,
+            decoder_dim,
+            decoder_layers,
+            decoder_heads,
+            decoder_mlp_hidden,
+            "rms",
+            False,
+            "head_rms",
+            position_table,
         )
         self.pixel_projection = nn.Linear(decoder_dim, features, bias=False)
 
@@ -323,7 +341,9 @@ class ATokenTokenizer(VisualTokenizer):
         """
         vectors = self.embed(codes)
         if codes.grid is None:
-            raise ValueError("`codes` need a grid (t, h, w) to be decoded; codes without one go through `decode_tokens`.")
+            raise ValueError(
+                "`codes` need a grid (t, h, w) to be decoded; codes without one go through `decode_tokens`."
+            )
         coordinates = [grid_coordinates(codes.grid, number, vectors.device) for number in range(len(vectors))]
         patches = self.decode_tokens(SparseTokens(vectors.flatten(0, 1), torch.cat(coordinates)))
         videos = torch.stack(self.pictures(patches))
@@ -345,7 +365,12 @@ class ATokenTokenizer(VisualTokenizer):
     def check_pixels(self, pixels: torch.Tensor) -> None:
         """Raises ValueError unless `pixels` are images `[B, 3, H, W]` or videos `[B, 3, T, H, W]`; see `patchify` for sizes."""
         channels = self.config.in_channels
-        if pixels.ndim not in (4, 5) or pixels.shape[1] != channels or not pixels.is_floating_point() or not len(pixels):
+        if (
+            pixels.ndim not in (4, 5)
+            or pixels.shape[1] != channels
+            or not pixels.is_floating_point()
+            or not len(pixels)
+        ):
             raise ValueError(
                 f"`pixels` must be floating point, [B, {channels}, H, W] or [B, {channels}, T, H, W] in [-1, 1], got {pixels.dtype} of "
                 f"shape {tuple(pixels.shape)}."
@@ -358,7 +383,9 @@ class ATokenTokenizer(VisualTokenizer):
                 raise ValueError(f"`codes` must hold latents [B, N, {self.latent_channels}] of this tokenizer.")
             return
         if codes.ids is None or codes.ids.ndim != 3 or codes.ids.shape[2] != self.sub_codes:
-            raise ValueError(f"`codes` must hold ids [B, N, {self.sub_codes}] of this tokenizer, one for each codebook.")
+            raise ValueError(
+                f"`codes` must hold ids [B, N, {self.sub_codes}] of this tokenizer, one for each codebook."
+            )
         low, high = (int(value) for value in codes.ids.aminmax())
         if low < 0 or high >= self.codebook_size:
             raise ValueError(f"`codes.ids` must lie in [0, {self.codebook_size - 1}], got values from {low} to {high}.")

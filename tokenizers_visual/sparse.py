@@ -116,7 +116,9 @@ def patchify(videos: Sequence[torch.Tensor], patch: tuple[int, int, int]) -> Spa
         height, width = grid[1] * patch[1], grid[2] * patch[2]
         top, left = (video.shape[2] - height) // 2, (video.shape[3] - width) // 2
         video = video[:, : grid[0] * patch[0], top : top + height, left : left + width]
-        cells = video.unflatten(3, (grid[2], patch[2])).unflatten(2, (grid[1], patch[1])).unflatten(1, (grid[0], patch[0]))
+        cells = (
+            video.unflatten(3, (grid[2], patch[2])).unflatten(2, (grid[1], patch[1])).unflatten(1, (grid[0], patch[0]))
+        )
         features.append(cells.permute(1, 3, 5, 2, 4, 6, 0).flatten(3).flatten(0, 2))
         coordinates.append(grid_coordinates(grid, number, video.device))
     return SparseTokens(torch.cat(features), torch.cat(coordinates))
@@ -137,7 +139,9 @@ def unpatchify(tokens: SparseTokens, patch: tuple[int, int, int]) -> list[torch.
         grid = [int(size) + 1 for size in tokens.coordinates[own, 1:4].amax(0)]
         features = tokens.features[own]
         if len(features) != grid[0] * grid[1] * grid[2]:
-            raise ValueError(f"thing {number} of the batch has {len(features)} tokens, which do not fill its grid {tuple(grid)}.")
+            raise ValueError(
+                f"thing {number} of the batch has {len(features)} tokens, which do not fill its grid {tuple(grid)}."
+            )
         cells = features.unflatten(1, (*patch, -1)).unflatten(0, grid)
         videos.append(cells.permute(6, 0, 3, 1, 4, 2, 5).flatten(5, 6).flatten(3, 4).flatten(1, 2))
     return videos

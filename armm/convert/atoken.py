@@ -78,7 +78,9 @@ RULES: tuple[Rule, ...] = (
     Rule("encoder.head.probe", "pooling.probe"),
     Rule("encoder.head.attention.to_q.{leaf}", "pooling.attention.to_q.{leaf}"),
     Rule(
-        "encoder.head.attention.to_kv.{leaf}", ("pooling.attention.to_k.{leaf}", "pooling.attention.to_v.{leaf}"), halves
+        "encoder.head.attention.to_kv.{leaf}",
+        ("pooling.attention.to_k.{leaf}", "pooling.attention.to_v.{leaf}"),
+        halves,
     ),
     Rule("encoder.head.attention.to_out.{leaf}", "pooling.attention.to_out.{leaf}"),
     Rule("encoder.head.layernorm.{leaf}", "pooling.norm.{leaf}"),
@@ -130,7 +132,9 @@ def _read(config: Any) -> dict[str, Any]:
     for name, allowed in _FIXED.items():
         value = given.pop(name, allowed[0])
         if value not in allowed:
-            raise ValueError(f"`config` says {name} = {value!r}: only {allowed[0]!r} is supported, the published architecture.")
+            raise ValueError(
+                f"`config` says {name} = {value!r}: only {allowed[0]!r} is supported, the published architecture."
+            )
     options = {_OPTION_NAMES.get(name, name): value for name, value in given.items() if value is not None}
     unknown = sorted(set(options) - _OPTIONS)
     if unknown:
@@ -151,7 +155,9 @@ def tokenizer_arguments(state: Mapping[str, torch.Tensor], options: Mapping[str,
         }
     side = round(table**0.5)
     if side * side != table:
-        raise CheckpointShapeError(f"decoder.pos_embedder.position_embedding.weight has {table} rows, which are no square.")
+        raise CheckpointShapeError(
+            f"decoder.pos_embedder.position_embedding.weight has {table} rows, which are no square."
+        )
     heads = shape(state, "decoder.blocks.0.attn.q_rms_norm.gamma", 2)[0]
     compare(options, {**found, "decoder_heads": heads, "out_channels": features})
     patch = options.get("patch_size", PUBLISHED_PATCHES.get(features))
@@ -162,7 +168,9 @@ def tokenizer_arguments(state: Mapping[str, torch.Tensor], options: Mapping[str,
     channels, rest = divmod(features, patch[0] * patch[1] * patch[2])
     # The authors count all numbers of a patch as channels.
     if rest or not channels or options.get("in_channels", features) not in (features, channels):
-        raise CheckpointShapeError(f"patches of {list(patch)} do not make up the {features} numbers that encoder.input_layer takes.")
+        raise CheckpointShapeError(
+            f"patches of {list(patch)} do not make up the {features} numbers that encoder.input_layer takes."
+        )
     own = options.get("encoder_heads", PUBLISHED_HEADS.get(found["encoder_dim"]))
     if not isinstance(own, int) or own < 1 or found["encoder_dim"] % own:
         raise ValueError(

@@ -126,7 +126,9 @@ def load_single_file(
     coder = {name[len(TOKENIZER) :]: tensor for name, tensor in state.items() if name.startswith(TOKENIZER)}
     rest = {name: tensor for name, tensor in state.items() if not name.startswith(TOKENIZER)}
     if not coder:
-        raise CheckpointKeysError(f"the checkpoint lacks {TOKENIZER}*: it is no Ming-UniVision.", missing=[f"{TOKENIZER}*"])
+        raise CheckpointKeysError(
+            f"the checkpoint lacks {TOKENIZER}*: it is no Ming-UniVision.", missing=[f"{TOKENIZER}*"]
+        )
     if text_tokenizer is None and (folder / "tokenizer.json").is_file():
         text_tokenizer = BPETokenizer.from_file(folder / "tokenizer.json")
     head = dict(published.get("vishead_diffloss_config") or {})
@@ -157,7 +159,9 @@ def _model(
     dtype: torch.dtype | None,
 ) -> MultimodalModel:
     if head.get("vis_head_arch", "linear2-norm") != "linear2-norm":
-        raise ValueError(f"vis_head_arch {head['vis_head_arch']!r} is not supported, only the published 'linear2-norm'.")
+        raise ValueError(
+            f"vis_head_arch {head['vis_head_arch']!r} is not supported, only the published 'linear2-norm'."
+        )
     arguments = model_arguments(state, language)
     side = round(int(language["num_image_tokens_for_gen"]) ** 0.5)
     with init_empty_weights():
@@ -184,7 +188,9 @@ def model_arguments(state: Mapping[str, torch.Tensor], language: Mapping[str, An
             raise ValueError(f"llm_config says {name} = {language[name]!r}: only {allowed[0]!r} is supported.")
     scaling = language.get("rope_scaling")
     if scaling and str(scaling.get("type", scaling.get("rope_type"))).upper() == "3D" and not scaling.get("factor"):
-        logger.warning("config.json says rope_scaling 3D, which image positions cannot use: positions are one-dimensional")
+        logger.warning(
+            "config.json says rope_scaling 3D, which image positions cannot use: positions are one-dimensional"
+        )
     elif scaling:
         raise ValueError(f"llm_config with rope_scaling {scaling!r} is not supported.")
     vocab_size, dim = shape(state, "model.model.word_embeddings.weight", 2)

@@ -209,7 +209,9 @@ def head_arguments(state: Mapping[str, torch.Tensor], prefix: str = "") -> dict[
     if frequencies != 256:
         raise CheckpointShapeError(f"{net}time_embed.mlp.0.weight takes {frequencies} frequencies, expected 256.")
     if shape(state, net + "final_layer.linear.weight", 2)[0] != channels:
-        raise CheckpointKeysError(f"{net}final_layer.linear.weight must give {channels} channels, as {net}input_proj takes.")
+        raise CheckpointKeysError(
+            f"{net}final_layer.linear.weight must give {channels} channels, as {net}input_proj takes."
+        )
     return {
         "dim": shape(state, net + "cond_embed.weight", 2)[1],
         "channels": channels,

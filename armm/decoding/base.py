@@ -187,7 +187,9 @@ class TokenStream:
         self.num_calls += 1
         options = {} if routes is None else {"routes": routes}
         return _states(
-            self.trunk(embeds, positions=positions, mask=mask, causal=causal, cache=self.cache, hook=self.hook, **options)
+            self.trunk(
+                embeds, positions=positions, mask=mask, causal=causal, cache=self.cache, hook=self.hook, **options
+            )
         )
 
     def narrow(self, rows: int) -> None:

@@ -120,7 +120,9 @@ class NextLatentDecoding(SchedulerMixin, ConfigMixin):
         if not isinstance(noise, GaussianNoise):
             noise = GaussianNoise(noise, batch, device)
         stream = _GuidedStream(model, condition, views if guidance is not None else (), num_tokens)
-        output = NextLatentOutput(torch.zeros(batch, num_tokens, model.latent_channels, device=device), condition.embeds[:, :0])
+        output = NextLatentOutput(
+            torch.zeros(batch, num_tokens, model.latent_channels, device=device), condition.embeds[:, :0]
+        )
         features: list[Tensor] = []
         embeds = stream.prefill()
         for step in range(num_tokens):
@@ -128,7 +130,9 @@ class NextLatentDecoding(SchedulerMixin, ConfigMixin):
                 break
             hidden = stream.feed(embeds)
             start = noise.draw(1, model.latent_channels) * temperature
-            latent = flow_sample(model.latent_head, model.latent_condition(hidden), start, self.solver, num_steps, guidance)
+            latent = flow_sample(
+                model.latent_head, model.latent_condition(hidden), start, self.solver, num_steps, guidance
+            )
             output.latents[:, step : step + 1] = latent
             output.head_calls += self.solver.num_calls(num_steps)
             output.steps = step + 1
@@ -160,7 +164,9 @@ class NextLatentDecoding(SchedulerMixin, ConfigMixin):
         if model.latent_head is None:
             raise ValueError("this model does not draw continuous tokens: it has no head for latents")
         if condition.length < 2:
-            raise ValueError("the condition must have a prompt and the token that begins the image, got less than 2 tokens")
+            raise ValueError(
+                "the condition must have a prompt and the token that begins the image, got less than 2 tokens"
+            )
         if num_tokens < 1 or condition.length + num_tokens > model.max_positions:
             raise ValueError(
                 f"num_tokens={num_tokens} does not fit behind a prompt of {condition.length} tokens: this model has "

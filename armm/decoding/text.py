@@ -62,8 +62,8 @@ def stream_text(
     it. What is generated takes the positions behind the last one. mask: bool [B, T], False on padding (on the left).
     sampler: default greedy. vocabulary: (low, high), the ids that may be said. All ids here, the stop token and the
     result included, are ids of the whole vocabulary. Whether every row has stopped is looked up every `check_every`
-    tokens only. last_ids: further ids that end a row; unlike the stop token they are part of the text. pruning: drops image tokens on the way; the prefix is then one row, and images are the (first, behind the last) of its
-    image tokens.
+    tokens only. last_ids: further ids that end a row; unlike the stop token they are part of the text. pruning:
+    drops image tokens on the way; the prefix is then one row, and images are the (first, behind the last) of its image tokens.
     """
     if isinstance(ids, Tensor) and (ids.dim() != 2 or ids.shape[1] == 0):
         raise ValueError(f"ids must be [batch, tokens] with at least one token, got shape {tuple(ids.shape)}")

@@ -112,7 +112,8 @@ class DiffusionHead(_Denoiser):
         self._initialize()
 
     def forward(self, x: Tensor, timestep: Tensor, condition: Tensor) -> Tensor:
-        """x [B, n, C], timesteps (integers, or floats) that broadcast to [B, n] and `condition(hidden)` [B, n, W] -> float32 [B, n, C or 2C]."""
+        """x [B, n, C], timesteps (integers, or floats) that broadcast to [B, n] and `condition(hidden)` [B, n, W] -> float32
+        [B, n, C or 2C]."""
         condition = self.time_embedding(timestep) + condition
         x = self.input_projection(x.to(self.input_projection.weight.dtype))
         for block in self.blocks:

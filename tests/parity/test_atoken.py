@@ -17,7 +17,8 @@ from tokenizers_visual import ATokenTokenizer, SparseTokens
 ATOL = 1e-4
 UNIT_ATOL = 2e-5  # of vectors of unit length, whose entries are small; stricter than asked
 CASES = [
-    pytest.param(Case(path.parent), id=path.parent.name) for path in sorted((parity_root() / "atoken").glob("*/config.json"))
+    pytest.param(Case(path.parent), id=path.parent.name)
+    for path in sorted((parity_root() / "atoken").glob("*/config.json"))
 ]
 
 

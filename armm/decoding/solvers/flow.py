@@ -52,7 +52,9 @@ class FlowSolver:
         if not 0 < self.shift < math.inf:
             raise ValueError(f"shift must be a finite number above 0 (1 = evenly spaced), got {self.shift!r}")
         if self.shift != 1.0 and (self.method, self.grid) != ("euler", "uniform"):
-            raise ValueError(f"shift={self.shift} needs method 'euler' and grid 'uniform', got {self.method!r}, {self.grid!r}")
+            raise ValueError(
+                f"shift={self.shift} needs method 'euler' and grid 'uniform', got {self.method!r}, {self.grid!r}"
+            )
 
     @property
     def min_steps(self) -> int:
