@@ -184,7 +184,9 @@ def test_pictures_are_cropped_to_be_edited_and_squashed_to_be_read(pipe, picture
         16,
     )
     square = PIL.Image.new("RGB", (8, 8), (255, 0, 128))
-    assert torch.allclose(pipe.preprocess(square, draw=True)[0, :, 0, 0], torch.tensor([1.0, -1.0, 128 / 127.5 - 1]))
+    assert torch.allclose(
+        pipe.preprocess(square, draw=True)[0, :, 0, 0], torch.tensor([1.0, -1.0, 128 / 127.5 - 1]), atol=1e-6
+    )
 
 
 # ---------------------------------------------------------------------- reading and conversing
@@ -245,7 +247,7 @@ def test_pipelines_are_saved_and_loaded(pipe, picture, tmp_path):
     assert isinstance(again, armm.MingUniVisionPipeline) and again.special_ids == pipe.special_ids
     assert again.generation_config == pipe.generation_config and again.config.reading_size == 16
     drawn = [p("a b", picture, generator=generators(3), output_type="latent").images for p in (pipe, again)]
-    torch.testing.assert_close(*drawn, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(*drawn, atol=5e-4, rtol=1e-3)  # the loaded one is fused
     assert again.chat(picture, "what is this?").texts == pipe.chat(picture, "what is this?").texts
 
 
@@ -271,7 +273,7 @@ def test_bad_requests_are_named(pipe, picture):
     with pytest.raises(TypeError, match="`prompt` must be a string"):
         pipe(3)
     with pytest.raises(ValueError, match="supports no acceleration"):
-        pipe.enable_acceleration(armm.StepAnnealing((1, 2)))
+        pipe.enable_acceleration(armm.TokenPruning())
 
 
 def test_bad_calls_of_the_strategy_are_named(pipe):

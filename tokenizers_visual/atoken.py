@@ -152,7 +152,7 @@ class ATokenTokenizer(VisualTokenizer):
             and no biases.
         position_table: rows and columns of the learned positions, which are stretched over every picture.
         window_frames: frames of a temporal window, a multiple of a patch's.
-        codebook_size: ids of a codebook, one of those in `FSQ_LEVELS`; 0 makes continuous latents.
+        codebook_size: about so many ids of a codebook, one of those in `FSQ_LEVELS`; 0 makes continuous latents.
         num_codebooks: ids of a patch.
     """
 
@@ -223,7 +223,7 @@ class ATokenTokenizer(VisualTokenizer):
 
     @property
     def codebook_size(self) -> int:
-        return self.config.codebook_size
+        return 0 if self.quantizer is None else self.quantizer.codebook_size
 
     @property
     def sub_codes(self) -> int:

@@ -169,7 +169,8 @@ class MovingAverageCodebook(nn.Module):
         return len(dead)
 
 
-# Codes per codebook -> levels of its channels (Mentzer et al., arXiv 2309.15505, table 1, and as AToken, 2509.14476, extends it).
+# About so many codes in a codebook -> levels of its channels, whose product is the exact number (Mentzer et al., arXiv
+# 2309.15505, table 1, and as AToken, 2509.14476, extends it).
 FSQ_LEVELS: dict[int, tuple[int, ...]] = {
     16: (5, 3),
     64: (8, 8),

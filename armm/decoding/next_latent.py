@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -116,7 +116,7 @@ class NextLatentDecoding(SchedulerMixin, ConfigMixin):
         guidance = guidance if guidance is not None and guidance.active else None
         self._check(model, condition, views, num_tokens, guidance, temperature)
         self.solver.times(num_steps)
-        batch, device = condition.batch, condition.embeds.device
+        batch, device, head = condition.batch, condition.embeds.device, cast("DiffusionHead", model.latent_head)
         if not isinstance(noise, GaussianNoise):
             noise = GaussianNoise(noise, batch, device)
         stream = _GuidedStream(model, condition, views if guidance is not None else (), num_tokens)
@@ -130,9 +130,7 @@ class NextLatentDecoding(SchedulerMixin, ConfigMixin):
                 break
             hidden = stream.feed(embeds)
             start = noise.draw(1, model.latent_channels) * temperature
-            latent = flow_sample(
-                model.latent_head, model.latent_condition(hidden), start, self.solver, num_steps, guidance
-            )
+            latent = flow_sample(head, model.latent_condition(hidden), start, self.solver, num_steps, guidance)
             output.latents[:, step : step + 1] = latent
             output.head_calls += self.solver.num_calls(num_steps)
             output.steps = step + 1
