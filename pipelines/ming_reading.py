@@ -114,7 +114,7 @@ class MingReading(UnderstandingPipeline):
         else:
             shown = [] if image is None else list(image) if isinstance(image, (list, tuple)) else [image]
             rows = zip(*paired(question, shown), strict=True)
-            prompts = [self.prompt([[*(flat(seen) if len(_as_list(seen)) else []), text]]) for text, seen in rows]
+            prompts = [self.prompt([[*flat(seen), text]]) for text, seen in rows]
         return [self.reading(prompt) for prompt in prompts]
 
     def reading(self, prompt: MingPrompt) -> Reading:
@@ -218,7 +218,3 @@ class MingReading(UnderstandingPipeline):
         """`max_new_tokens`, or the checkpoint's setting where it fits."""
         room = min(reading.limit for reading in readings)
         return min(self.generation_config["max_new_tokens"], room) if max_new_tokens is None else max_new_tokens
-
-
-def _as_list(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, (list, tuple)) else [value]

@@ -55,7 +55,9 @@ class MingUniVisionPipeline(MingReading):
         generation_config (`dict`, *optional*): settings of this checkpoint, see `generation_settings`.
     """
 
-    model_cpu_offload_seq = "transformer->tokenizer"
+    model_cpu_offload_seq = "transformer"
+    # It is asked after every token, so it stays where the language model is.
+    _exclude_from_cpu_offload: ClassVar[list[str]] = ["tokenizer"]
     _optional_components: ClassVar[list[str]] = ["text_tokenizer"]
     single_file_loader: ClassVar[str | None] = "armm.convert.ming_univision"
     generation_settings: ClassVar[dict[str, Any]] = {

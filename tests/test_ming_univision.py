@@ -237,6 +237,16 @@ def test_a_conversation_goes_on_behind_an_image_as_if_it_had_been_read_at_once(p
     torch.testing.assert_close(logits, output.logits, atol=1e-4, rtol=1e-4)
 
 
+def test_answers_are_explained(pipe, picture):
+    explanation = pipe.explain(picture, "what is this?", max_new_tokens=2)
+    assert pipe.seen(picture).size == (16, 16) and len(explanation.words) <= 2
+    assert pipe.attention_balance(picture, "red", max_new_tokens=2) is not None
+
+
+def test_offloading_leaves_the_tokenizer_where_it_is_asked_after_every_token(pipe):
+    assert "tokenizer" not in pipe.model_cpu_offload_seq and "tokenizer" in pipe._exclude_from_cpu_offload
+
+
 # ---------------------------------------------------------------------- saved, loaded, refused
 
 
