@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 
 from armm.convert import CheckpointKeysError, convert
 from armm.convert.containers import CheckpointShapeError
+from armm.nn.rotary import rotary_table
 from tokenizers_visual import ATokenTokenizer, Codes, FiniteScalarQuantizer, SparseTokens
+from tokenizers_visual.atoken import ROTARY_THETA
 from tokenizers_visual.quantizers import FSQ_LEVELS
 from tokenizers_visual.sparse import patchify, unpatchify, windows
 
@@ -135,6 +137,15 @@ def test_gradients_pass_the_rounding_and_the_projections():
 
 
 # ---------------------------------------------------------------------- the tokenizer
+
+
+def test_four_rotary_axes_have_the_frequencies_of_the_whole_head():
+    head, places = 24, torch.tensor([[3, 1, 4, 15], [0, 9, 2, 6]])
+    table = rotary_table(places, (head // 4,) * 4, ROTARY_THETA)[:, 0]
+    for token, place in enumerate(places.tolist()):
+        angles = [place[axis] * 10000 ** (-j / head) for axis in range(4) for j in range(head // 8)]
+        expected = torch.tensor([complex(math.cos(angle), math.sin(angle)) for angle in angles])
+        torch.testing.assert_close(table[token], expected.to(torch.complex64), atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from armm.convert import CheckpointKeysError, convert
 from armm.convert.containers import CheckpointShapeError
+from armm.convert.mingtok import convert_head
 from armm.nn.positions import resize_positions
 from tokenizers_visual import Codes, MingTokTokenizer
 
@@ -127,6 +128,8 @@ def test_files_that_are_no_mingtok_are_refused(tmp_path):
         convert("mingtok", tmp_path / "a.pt")
     torch.save({"net.input_proj.weight": torch.zeros(8, 4)}, tmp_path / "head.pt")
     with pytest.raises(CheckpointKeysError, match="lacks net.time_embed"):
+        convert_head(tmp_path / "head.pt")
+    with pytest.raises(CheckpointKeysError, match="holds a flow head"):
         convert("mingtok", tmp_path / "head.pt")
     state = {
         "low_level_encoder.patch_embed.proj.weight": torch.zeros(64, 3, 4, 4),

@@ -1,8 +1,7 @@
 """MingTok-Vision and the flow head of Ming-UniVision (arXiv 2510.06590; inclusionAI/Ming-UniVision, commit 3bbdd2f).
 
-`convert` reads the folder of the tokenizer on the hub (`config.json` and safetensors), a file of its weights (a training pickle too), or
-a file with the flow head alone, which it tells apart by their names. Sizes are read off the tensors; heads are 64 wide.
-The whole model is read by `armm.convert.ming_univision`.
+`convert` reads the folder of the tokenizer on the hub (`config.json` and safetensors), or a file of its weights (a training pickle too),
+`convert_head` a file with the flow head. Sizes are read off the tensors; attention heads are 64 wide. The whole model is read by `armm.convert.ming_univision`.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ import torch
 from accelerate import init_empty_weights
 
 from armm.heads.diffusion import DiffusionHead
+from armm.hub import resolve_file
 from tokenizers_visual.mingtok import MingTokTokenizer
 
 from .containers import CheckpointKeysError, CheckpointShapeError, load_state_dict
@@ -102,8 +102,8 @@ HEAD_RULES: tuple[Rule, ...] = flow_rules("net", "head")
 
 def convert(
     path: Any, *, config: Any = None, dtype: torch.dtype | None = None, use_ema: bool = False, **hub_options: Any
-) -> MingTokTokenizer | DiffusionHead:
-    """The `MingTokTokenizer` in `path`, or the `DiffusionHead` of a file that holds a flow head alone.
+) -> MingTokTokenizer:
+    """The tokenizer in `path`.
 
     Args:
         path: the authors' folder, its hub id, or a file of weights.
@@ -123,8 +123,10 @@ def convert(
         if found.suffix == ".safetensors" and beside.is_file():
             published = read_json(beside)
         state = load_state_dict(found, use_ema=use_ema)
-    if any(name.endswith("net.input_proj.weight") for name in state):
-        return convert_head(state, dtype=dtype)
+    if "net.input_proj.weight" in state:
+        raise CheckpointKeysError(
+            f"{found} holds a flow head, not a tokenizer: read it with `armm.convert.mingtok.convert_head`."
+        )
     return convert_state_dict(state, config={**published, **read_mapping(config)}, dtype=dtype)
 
 
@@ -191,8 +193,13 @@ def tokenizer_arguments(state: Mapping[str, torch.Tensor], config: Mapping[str, 
 # ---------------------------------------------------------------------- the flow head
 
 
-def convert_head(state: Mapping[str, torch.Tensor], *, dtype: torch.dtype | None = None) -> DiffusionHead:
-    """The flow head of tensors under the authors' names, with or without the prefix that they have in the whole model."""
+def convert_head(path: Any, *, dtype: torch.dtype | None = None, use_ema: bool = False) -> DiffusionHead:
+    """The flow head in the file `path`, whose names may have the prefix of the whole model.
+
+    Args:
+        dtype, use_ema: as of `convert`.
+    """
+    state = load_state_dict(resolve_file(path), use_ema=use_ema)
     prefix = next((part for part in HEAD_PREFIXES if f"{part}net.input_proj.weight" in state), "")
     own = {name[len(prefix) :]: tensor for name, tensor in state.items() if name.startswith(prefix)}
     sizes = head_arguments(own)

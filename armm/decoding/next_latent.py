@@ -43,6 +43,11 @@ class NextLatentOutput:
     steps: int = 0
 
 
+def time_index(solver: FlowSolver, num_steps: int, device: torch.device) -> Tensor:
+    """float32 [calls + 1] on the device: the solver's times as the head's sinusoids take them."""
+    return (TIME_SCALE * solver.times(num_steps)).to(device=device, dtype=torch.float32)
+
+
 def flow_sample(
     head: DiffusionHead,
     condition: Tensor,
@@ -50,17 +55,19 @@ def flow_sample(
     solver: FlowSolver,
     num_steps: int,
     guidance: ContextGuidance | None = None,
+    index: Tensor | None = None,
 ) -> Tensor:
     """Tokens [B, n, C] from `noise` [B, n, C] by a head whose output is the velocity, all steps of the solver.
 
     condition: `head.condition(...)` [R * B, n, W] of the rows that `guidance` combines, the full ones first; they share the noise.
+    index: from `time_index`, for many tokens; made here by default.
     """
     rows = len(condition) // len(noise)
-    times = (TIME_SCALE * solver.times(num_steps)).to(device=condition.device, dtype=torch.float32)
+    index = time_index(solver, num_steps, condition.device) if index is None else index
 
     def velocity(x: Tensor, call: int, time: float) -> Tensor:
         state = x.float().repeat(rows, 1, 1) if rows > 1 else x.float()
-        out = head(state, times[call].expand(1, 1), condition)
+        out = head(state, index[call].expand(1, 1), condition)
         return guidance.combine(out) if rows > 1 and guidance is not None else out
 
     return solver(velocity, noise, num_steps=num_steps)
@@ -115,7 +122,7 @@ class NextLatentDecoding(SchedulerMixin, ConfigMixin):
         wake(model)
         guidance = guidance if guidance is not None and guidance.active else None
         self._check(model, condition, views, num_tokens, guidance, temperature)
-        self.solver.times(num_steps)
+        index = time_index(self.solver, num_steps, condition.embeds.device)
         batch, device, head = condition.batch, condition.embeds.device, cast("DiffusionHead", model.latent_head)
         if not isinstance(noise, GaussianNoise):
             noise = GaussianNoise(noise, batch, device)
@@ -130,7 +137,7 @@ class NextLatentDecoding(SchedulerMixin, ConfigMixin):
                 break
             hidden = stream.feed(embeds)
             start = noise.draw(1, model.latent_channels) * temperature
-            latent = flow_sample(head, model.latent_condition(hidden), start, self.solver, num_steps, guidance)
+            latent = flow_sample(head, model.latent_condition(hidden), start, self.solver, num_steps, guidance, index)
             output.latents[:, step : step + 1] = latent
             output.head_calls += self.solver.num_calls(num_steps)
             output.steps = step + 1
