@@ -1,7 +1,8 @@
 """MingTok-Vision and the flow head of Ming-UniVision (arXiv 2510.06590; inclusionAI/Ming-UniVision, commit 3bbdd2f).
 
 `convert` reads the folder of the tokenizer on the hub (`config.json` and safetensors), or a file of its weights (a training pickle too),
-`convert_head` a file with the flow head. Sizes are read off the tensors; attention heads are 64 wide. The whole model is read by `armm.convert.ming_univision`.
+`convert_head` a file with the flow head. Sizes are read off the tensors; attention heads are 64 wide. The whole model is read by
+`armm.convert.ming_univision`.
 """
 
 from __future__ import annotations

@@ -69,6 +69,14 @@ def test_the_tokenizer(case):
     assert {check.name for check in found} | {"image", "image_large"} == set(case.io)
 
 
+@pytest.mark.parametrize("case", cases("tokenizer"))
+def test_the_tokenizer_in_a_checkpoint_of_its_training(case, tmp_path):
+    state = load_state_dict(case.path / "model.safetensors")
+    torch.save({"model": {**state, "target_backbone.norm.weight": torch.ones(3)}}, tmp_path / "training.pth")
+    tokenizer = convert("mingtok", tmp_path / "training.pth", config=case.path / "config.json", dtype=torch.float32)
+    assert not all_problems(tokenizer_checks(tokenizer, case.io))
+
+
 # ---------------------------------------------------------------------- the flow head
 
 
