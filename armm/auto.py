@@ -25,6 +25,7 @@ FAMILY_PIPELINES: dict[str, tuple[str, str]] = {
     "janus": ("pipelines.janus", "JanusPipeline"),
     "himar": ("pipelines.himar", "HiMARPipeline"),
     "lumina_mgpt": ("pipelines.lumina_mgpt", "LuminaMGPTPipeline"),
+    "ming_univision": ("pipelines.ming_univision", "MingUniVisionPipeline"),
     "mar": ("pipelines.mar", "MARPipeline"),
     "nar": ("pipelines.nar", "NARPipeline"),
     "par": ("pipelines.par", "PARPipeline"),

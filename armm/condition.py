@@ -15,7 +15,8 @@ class Condition:
     embeds: [B, T, D]. mask: bool [B, T], False where a slot is padding (None: all are real). index: flat position ids
     [B, T] for models with a position layout of their own (None: the first T positions). bidirectional: how many of the
     first tokens see each other whole instead of causally. vector: [B, D], what modulates the blocks of models that have
-    one; such models may do without tokens, T = 0. origin: what a model made this from, as arguments [B, ...] of
+    one; such models may do without tokens, T = 0. routes: int64 [B, T], the router that chooses each token's experts, in models that have
+    several (None: the first). origin: what a model made this from, as arguments [B, ...] of
     its `condition` or `prefix_condition`, for another model that is to be given the same (None: not known).
     """
 
@@ -24,12 +25,13 @@ class Condition:
     index: Tensor | None = None
     bidirectional: int = 0
     vector: Tensor | None = None
+    routes: Tensor | None = None
     origin: dict[str, Tensor] | None = None
 
     def __post_init__(self) -> None:
         if self.embeds.dim() != 3:
             raise ValueError(f"embeds must be [batch, tokens, width], got shape {tuple(self.embeds.shape)}")
-        for name in ("mask", "index"):
+        for name in ("mask", "index", "routes"):
             value = getattr(self, name)
             if value is not None and tuple(value.shape) != tuple(self.embeds.shape[:2]):
                 raise ValueError(f"{name} must be {tuple(self.embeds.shape[:2])}, got {tuple(value.shape)}")
@@ -54,6 +56,7 @@ class Condition:
             None if self.index is None else self.index[rows],
             self.bidirectional,
             None if self.vector is None else self.vector[rows],
+            None if self.routes is None else self.routes[rows],
             None if self.origin is None else {name: value[rows] for name, value in self.origin.items()},
         )
 
@@ -65,7 +68,8 @@ class Condition:
             return self
         missing = int((~self.mask.bool()).sum())
         index = None if self.index is None else self.index[:, missing:]
-        return Condition(self.embeds[:, missing:], None, index, max(self.bidirectional - missing, 0))
+        routes = None if self.routes is None else self.routes[:, missing:]
+        return Condition(self.embeds[:, missing:], None, index, max(self.bidirectional - missing, 0), routes=routes)
 
     def repeat(self, times: int) -> Condition:
         """Every row `times` times, copies next to each other."""
@@ -75,6 +79,7 @@ class Condition:
             None if self.index is None else self.index.repeat_interleave(times, 0),
             self.bidirectional,
             None if self.vector is None else self.vector.repeat_interleave(times, 0),
+            None if self.routes is None else self.routes.repeat_interleave(times, 0),
             None if self.origin is None else {name: value.repeat_interleave(times, 0) for name, value in self.origin.items()},
         )
 
@@ -88,17 +93,21 @@ class Condition:
             None if self.index is None else self.index.repeat_interleave(times, 1),
             self.bidirectional * times,
             self.vector,
+            None if self.routes is None else self.routes.repeat_interleave(times, 1),
             self.origin,
         )
 
     def extend(self, embeds: Tensor, index: Tensor) -> Condition:
         """These tokens followed by `embeds` [B, n, D], which are real and stand at the flat position ids `index` [n]."""
-        mask, own = self.mask, self.index
+        mask, own, routes = self.mask, self.index, self.routes
+        if routes is not None:
+            routes = torch.cat([routes, routes.new_zeros(embeds.shape[:2])], dim=1)
         if mask is not None:
             mask = torch.cat([mask, mask.new_ones(embeds.shape[:2])], dim=1)
         if own is not None:
             own = torch.cat([own, index.expand(self.batch, -1)], dim=1)
-        return replace(self, embeds=torch.cat([self.embeds.to(embeds.dtype), embeds], dim=1), mask=mask, index=own)
+        embeds = torch.cat([self.embeds.to(embeds.dtype), embeds], dim=1)
+        return replace(self, embeds=embeds, mask=mask, index=own, routes=routes)
 
     def pad_left(self, length: int) -> Condition:
         """Masked slots in front, up to `length` tokens."""
@@ -113,8 +122,11 @@ class Condition:
         index = self.index
         if index is not None:
             index = torch.cat([index.new_zeros(self.batch, missing), index], dim=1)
+        routes = self.routes
+        if routes is not None:
+            routes = torch.cat([routes.new_zeros(self.batch, missing), routes], dim=1)
         whole = self.bidirectional + missing if self.bidirectional else 0
-        return Condition(embeds, mask, index, whole, self.vector)
+        return Condition(embeds, mask, index, whole, self.vector, routes)
 
 
 def concatenate(conditions: list[Condition]) -> Condition:
@@ -143,4 +155,12 @@ def concatenate(conditions: list[Condition]) -> Condition:
     if vectors and len(vectors) < len(parts):
         raise ValueError("some of the conditions have a vector and some have none; give one to all or to none")
     vector = torch.cat(vectors) if vectors else None
-    return Condition(torch.cat([part.embeds for part in parts]), mask, index, bidirectional.pop(), vector)
+    routes = None
+    if any(part.routes is not None for part in parts):
+        routes = torch.cat(
+            [
+                part.embeds.new_zeros(part.batch, length, dtype=torch.long) if part.routes is None else part.routes
+                for part in parts
+            ]
+        )
+    return Condition(torch.cat([part.embeds for part in parts]), mask, index, bidirectional.pop(), vector, routes)

@@ -1,4 +1,4 @@
-"""MultimodalModel: one stream of words, image codes and image features through the shared trunk."""
+"""MultimodalModel: one stream of words, image codes or latents and image features through the shared trunk."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from torch import Tensor, nn
 
 from armm.condition import Condition
 from armm.heads import CategoricalHead, build_head
+from armm.heads.diffusion import build_diffusion_head
 from armm.model import AutoregressiveModel
 from armm.model_base import TrunkModel
 from armm.nn.embedders import Projector
 from armm.nn.masks import prefix_mask
+from armm.nn.norms import LayerNorm
 from armm.nn.positions import PositionLayout, PositionTable
 from armm.nn.rotary import rotary_table
 from armm.transformer import ARTransformer
@@ -25,11 +27,12 @@ __all__ = ["ModelMixin", "MultimodalModel"]
 
 
 class MultimodalModel(TrunkModel):
-    """A language model that also reads features of images, and may draw codes of images.
+    """A language model that also reads features of images, and may draw codes or latents of images.
 
     Words have the ids 0 .. text_vocab_size-1, codes the ids after them; each kind has an embedding and a head of its own. All
     tokens are numbered along the stream, whatever they are, so text and images may follow each other in any order. This is
-    Janus (arXiv 2410.13848) and, without codes, LLaVA (arXiv 2310.03744).
+    Janus (arXiv 2410.13848) and, without codes, LLaVA (arXiv 2310.03744). A model that draws latents predicts each with a head of
+    `armm.heads.diffusion`, and is then fed what its tokenizer makes readable of it, as features: Ming-UniVision (arXiv 2510.06590).
 
     Args:
         text_vocab_size: rows of the word embedding and of the text head.
@@ -37,6 +40,9 @@ class MultimodalModel(TrunkModel):
         codes: None for a model that does not draw, or {"size": codes, "dim": width of their embedding, "depth": layers of the
             projector behind it, "head": arguments of a head, see `armm.heads.HEADS`}.
         features: None, or {"dim": width of the features, "depth": layers of their projector}.
+        latents: None, or {"channels": width of a latent, "dim": width of what the head sees of a hidden state (a linear layer and a layer
+            norm), "head": arguments of a head, see `build_diffusion_head`}.
+        image_route: in a trunk of experts, the router of features in a prompt; words and tokens that are drawn have router 0.
         grid: (height, width) in codes of the images that it draws.
         max_positions: length of the longest stream.
     """
@@ -57,6 +63,8 @@ class MultimodalModel(TrunkModel):
         transformer: dict | None = None,
         codes: dict | None = None,
         features: dict | None = None,
+        latents: dict | None = None,
+        image_route: int = 0,
         grid: Sequence[int] = (24, 24),
         max_positions: int = 4096,
     ) -> None:
@@ -91,6 +99,23 @@ class MultimodalModel(TrunkModel):
             if set(options) != {"dim", "depth"}:
                 raise ValueError(f"features takes dim and depth, got {sorted(features)}")
             self.feature_projection = Projector(options["dim"], dim, options["depth"])
+        self.latent_channels = 0
+        self.latent_projection = self.latent_norm = self.latent_head = None
+        if latents is not None:
+            options = {"dim": dim, "head": {}, **latents}
+            if set(options) != {"channels", "dim", "head"}:
+                raise ValueError(f"latents takes channels, dim and head, got {sorted(latents)}")
+            self.latent_channels = options["channels"]
+            self.latent_projection = nn.Linear(dim, options["dim"])
+            self.latent_norm = LayerNorm(options["dim"])
+            head = {"learned_variance": False, **options["head"]}
+            self.latent_head = build_diffusion_head(head, options["dim"], self.latent_channels)
+        routers = (self.trunk.config.experts or {}).get("routers", 1)
+        if not 0 <= image_route < routers:
+            raise ValueError(
+                f"image_route must be the number of one of the trunk's {routers} routers, got {image_route}"
+            )
+        self.image_route = image_route
 
     @property
     def vocab_size(self) -> int:
@@ -182,7 +207,18 @@ class MultimodalModel(TrunkModel):
             embeds = embeds.masked_scatter(image_mask.to(embeds.device).unsqueeze(-1), tokens.to(embeds.dtype))
         real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.to(device=ids.device, dtype=torch.bool)
         index = (real.cumsum(1) - 1).clamp(min=0)
-        return Condition(embeds, None if bool(real.all()) else real, index)
+        routes = None
+        if image_mask is not None and self.image_route:
+            routes = image_mask.to(embeds.device).long() * self.image_route
+        return Condition(embeds, None if bool(real.all()) else real, index, routes=routes)
+
+    def embed_features(self, features: Tensor) -> Tensor:
+        """Features [..., C] of an image -> [..., D]."""
+        return self.feature_projection(features.to(self.feature_projection.layers[0].weight.dtype))
+
+    def latent_condition(self, hidden: Tensor) -> Tensor:
+        """What the latent head makes of hidden states [..., D], to be computed once for all its calls."""
+        return self.latent_head.condition(self.latent_norm(self.latent_projection(hidden)))
 
     def logits(self, hidden: Tensor, *, low: int = 0, high: int | None = None) -> Tensor:
         """Hidden [..., D] -> float32 logits of the ids low .. high-1."""
@@ -196,7 +232,8 @@ class MultimodalModel(TrunkModel):
         """Final hidden states [B, T, D] of a prompt, without a cache."""
         mask = None if condition.mask is None else prefix_mask(condition.mask, condition.length)
         positions = self.positions_for(condition.index)
-        return self.trunk(condition.embeds, positions=positions, mask=mask, causal=mask is None)
+        options = {} if condition.routes is None else {"routes": condition.routes}
+        return self.trunk(condition.embeds, positions=positions, mask=mask, causal=mask is None, **options)
 
     def forward(self, ids: Tensor, mask: Tensor | None = None, *, low: int = 0, high: int | None = None) -> Tensor:
         """Logits [B, T, high - low] at every token of `ids` [B, T], for the token after it."""

@@ -12,10 +12,11 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from armm.cache import KVCache
 from armm.nn.attention import check_backend, current_backend
 from armm.nn.block import Block, BlockConfig
 from armm.nn.bridge import Bridge
+from armm.nn.cache import KVCache
+from armm.nn.experts import MixtureOfExperts
 from armm.nn.hooks import LayerHook
 from armm.nn.masks import additive_mask, merge_causal
 from armm.nn.mlp import GATED, gated_hidden
@@ -35,6 +36,8 @@ class ARTransformer(ModelMixin, ConfigMixin):
         heads.
         mlp: "swiglu", "geglu", "gelu" (exact) or "gelu_tanh". mlp_hidden: its width; the default is 4 * dim, for gated
             kinds two thirds of that rounded up to a multiple of 256.
+        experts: {"count", "active", "hidden", "shared", "routers"}: a `MixtureOfExperts` in place of the feed-forward network of each
+            block, of the gated kind `mlp`; `mlp_hidden` is then not used.
         mlp_bias, qkv_bias, out_bias: which linear layers have biases.
         norm: "rms" or "layer", with norm_eps; norm_affine=False has no weights in the blocks (the final norm has).
         norm_placement: "input" of the two branches of a block, or their "output" before it is added (Swin v2, arXiv 2111.09883).
@@ -42,7 +45,7 @@ class ARTransformer(ModelMixin, ConfigMixin):
         final_norm: normalise the output. Taps have a final norm each as well. input_norm: normalise the input, positions
             included.
         qk_norm: None, "rms" (weights over head_dim), "head_layer" (layer norm over head_dim, weights and biases for each
-            head) or "l2" (unit vectors and a learned scale a head).
+            head), "head_rms" (unit root mean square, weights for each head) or "l2" (unit vectors and a learned scale a head).
         attention_scale: of the logits, default head_dim ** -0.5 (1 with "l2").
         rotary_axes: how many of the head's dimensions each position axis turns; they add up to head_dim. () = none.
         rotary_theta, rotary_layout: base of the frequencies; "interleaved" or "half_split" pairs.
@@ -75,6 +78,7 @@ class ARTransformer(ModelMixin, ConfigMixin):
         head_dim: int | None = None,
         mlp: str = "swiglu",
         mlp_hidden: int | None = None,
+        experts: dict[str, int] | None = None,
         mlp_bias: bool = False,
         norm: str = "rms",
         norm_affine: bool = True,
@@ -118,8 +122,10 @@ class ARTransformer(ModelMixin, ConfigMixin):
             raise ValueError(f"rotary_axes must be even numbers, got {list(rotary_axes)}")
         if rotary_layout not in LAYOUTS:
             raise ValueError(f"rotary_layout must be one of {LAYOUTS}, got {rotary_layout!r}")
-        if qk_norm not in (None, "rms", "head_layer", "l2"):
-            raise ValueError(f"qk_norm must be None, 'rms', 'head_layer' or 'l2', got {qk_norm!r}")
+        if qk_norm not in (None, "rms", "head_layer", "head_rms", "l2"):
+            raise ValueError(f"qk_norm must be None, 'rms', 'head_layer', 'head_rms' or 'l2', got {qk_norm!r}")
+        if experts is not None and mlp not in GATED:
+            raise ValueError(f"experts are gated networks: mlp must be one of {sorted(GATED)}, got {mlp!r}")
         if (modulation == "tasks") != (modulation_tasks > 0):
             raise ValueError(
                 f"modulation={modulation!r} and modulation_tasks={modulation_tasks}: tasks need a number, others 0"
@@ -157,6 +163,7 @@ class ARTransformer(ModelMixin, ConfigMixin):
             modulation_tasks=modulation_tasks,
             dropout=dropout,
             context_dim=context_dim,
+            experts=None if experts is None else dict(experts),
         )
         self.position_embedding = nn.Embedding(learned_positions, dim) if learned_positions else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(num_layers))
@@ -187,7 +194,10 @@ class ARTransformer(ModelMixin, ConfigMixin):
             elif isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
         for block in self.blocks:
-            for layer in (block.attention.to_out, getattr(block.mlp, "down", None) or block.mlp.fc2):
+            mlp = block.mlp
+            networks = [*mlp.experts, *filter(None, [mlp.shared])] if isinstance(mlp, MixtureOfExperts) else [mlp]
+            ends = [getattr(network, "down", None) or network.fc2 for network in networks]
+            for layer in (block.attention.to_out, *ends):
                 nn.init.normal_(layer.weight, std=0.02 / math.sqrt(2 * self.num_layers))
 
     @classmethod
@@ -276,6 +286,7 @@ class ARTransformer(ModelMixin, ConfigMixin):
         discard: int = 0,
         hook: LayerHook | None = None,
         repeated: bool = False,
+        routes: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, dict[int, Tensor]]:
         """`embeds` [B, N, D] -> hidden [B, N, D], normalised; with taps (hidden, {tap: hidden}).
 
@@ -286,7 +297,8 @@ class ARTransformer(ModelMixin, ConfigMixin):
         segments [N], which says for each token the row that it follows; with "branches" a pair of conditions, with "tasks" the
         task of each row, int64 [B] or [1]. context: [B, N, context_dim], standing at the positions of the tokens. hook: looks in between
         the blocks, and may shorten the sequence there. repeated: calls of this very shape come again and again, so fused weights
-        may be packed for it (single tokens always count as such).
+        may be packed for it (single tokens always count as such). routes: int64 [B, N], the router that chooses each token's
+        experts (default: the first).
         """
         length = embeds.shape[1]
         x, rotary = embeds, None
@@ -313,6 +325,8 @@ class ARTransformer(ModelMixin, ConfigMixin):
         backend = current_backend(self._attention_backend)
         checkpointing = self.gradient_checkpointing and torch.is_grad_enabled() and cache is None
 
+        if routes is not None and not isinstance(self.blocks[0].mlp, MixtureOfExperts):
+            raise ValueError("routes choose among experts, and this transformer has none")
         if (context is None) != (self.context_dim is None):
             raise ValueError("context and the transformer's context_dim belong together: give both or neither")
         bridged = dict(zip(self.bridges, positions.bridges, strict=True)) if positions and positions.bridges else {}
@@ -326,10 +340,10 @@ class ARTransformer(ModelMixin, ConfigMixin):
                 x = self.bridges[str(layer)](x, bridged.get(str(layer)))
             arguments = (x, rotary, mask, causal, cache, layer, discard, backend, condition, segments, context)
             if hook is not None:
-                x = block(*arguments, hook.observer(layer))
+                x = block(*arguments, hook.observer(layer), routes=routes)
                 x, rotary, mask, causal = hook.after(layer, x, rotary, mask, causal)
             else:
-                call = (*arguments, None, repeated)
+                call = (*arguments, None, repeated, routes)
                 x = self._gradient_checkpointing_func(block, *call) if checkpointing else block(*call)
         if self.norm is not None:
             x = self.norm(x)

@@ -16,7 +16,7 @@ class ZooEntry:
         name: how `armm.pipeline` and `armm zoo` call it.
         family: the converter that reads its files.
         task: "class-to-image", "text-to-image", "text-and-image" (draws, reads and converses), "restoration" or "tokenizer".
-        repo: hub repository of `file`.
+        repo: hub repository of `file`, or the address of the folder where its authors keep it.
         file: the authors' own file; empty where the whole repository is the checkpoint.
         parameters: of the model in `file`, in millions.
         licence: as the authors state it.
@@ -234,6 +234,30 @@ _JANUS_ENTRIES = (
     _janus("Janus-Pro-1B", 2090, "2501.17811", {"GenEval": 0.73, "DPG-Bench": 82.63, "POPE": 86.2, "MMBench": 75.5}),
     _janus("Janus-Pro-7B", 7420, "2501.17811", {"GenEval": 0.80, "DPG-Bench": 84.19, "POPE": 87.4, "MMBench": 79.2}),
 )
+_MING: dict[str, Any] = {"file": "", "licence": "MIT (code); no weight licence stated: see the hub card", "paper": "2510.06590"}
+_MING_PRESET = {"guidance_scale": 3.0, "image_guidance_scale": 1.1, "temperature": 1.0, "num_inference_steps": 16}
+_MING_ENTRIES = (
+    ZooEntry(
+        "mingtok-vision", "mingtok", "tokenizer", "inclusionAI/MingTok-Vision", parameters=698,
+        figures={"rFID": 0.54, "PSNR": 30.77, "SSIM": 0.62, "LPIPS": 0.14}, **_MING,
+    ),
+    ZooEntry(
+        "ming-univision-16b-a3b", "ming_univision", "text-and-image", "inclusionAI/Ming-UniVision-16B-A3B", parameters=19000,
+        image_size=512, generation_config=_MING_PRESET, figures={"GenEval": 0.85, "DPG-Bench": 82.12, "MMBench": 78.5}, **_MING,
+    ),
+)  # fmt: skip
+_ATOKEN: dict[str, Any] = {
+    "licence": "Apple Sample Code License (code); Apple ML Research Model TOU, research only (weights)", "paper": "2509.14476",
+}  # fmt: skip
+_ATOKEN_CONFIGS: dict[str, dict[str, Any]] = {"soc": {}, "sod": {"use_quantizer": True}, "soc-s1": {}, "soc-s2": {}}
+_ATOKEN_FIGURES = {"soc": {"rFID": 0.21, "rFVD": 3.01, "ImageNet zero-shot accuracy": 82.2}}
+_ATOKEN_ENTRIES = tuple(
+    ZooEntry(
+        f"atoken-{name}", "atoken", "tokenizer", "https://ml-site.cdn-apple.com/models/atoken", f"atoken-{name}.pt", 846,
+        config=config, figures=_ATOKEN_FIGURES.get(name, {}), **_ATOKEN,
+    )
+    for name, config in _ATOKEN_CONFIGS.items()
+)  # fmt: skip
 _NO_LICENCE = "none stated: neither code nor weights have a licence file"
 
 
@@ -409,7 +433,7 @@ _CHAMELEON_ENTRIES = (
         paper="2503.11073",
     ),
 )
-_ALL = (*_ENTRIES, *_ELM_ENTRIES, *_CONTINUOUS_ENTRIES, *_CHAMELEON_ENTRIES, *_JANUS_ENTRIES)
+_ALL = (*_ENTRIES, *_ELM_ENTRIES, *_CONTINUOUS_ENTRIES, *_CHAMELEON_ENTRIES, *_JANUS_ENTRIES, *_MING_ENTRIES, *_ATOKEN_ENTRIES)
 ZOO: dict[str, ZooEntry] = {entry.name: entry for entry in _ALL}
 
 

@@ -15,6 +15,7 @@ _PUBLIC = {
     "ELMPipeline": "pipelines.elm",
     "ARVideoOutput": "pipelines.outputs",
     "JanusPipeline": "pipelines.janus",
+    "MingUniVisionPipeline": "pipelines.ming_univision",
     "LlamaGenPipeline": "pipelines.llamagen",
     "HiMARPipeline": "pipelines.himar",
     "LuminaMGPTPipeline": "pipelines.lumina_mgpt",

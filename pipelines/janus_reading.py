@@ -16,7 +16,7 @@ from .images import pictures, square_pixels
 from .outputs import ARTextOutput
 from .understanding import Reading, UnderstandingPipeline
 
-__all__ = ["DiffusionPipeline", "JanusReading", "SPECIAL_TOKENS"]
+__all__ = ["DiffusionPipeline", "JanusReading", "SPECIAL_TOKENS", "flat", "id_rows", "paired"]
 
 # What the ids with a meaning are called in the authors' tokenizer.
 SPECIAL_TOKENS = {
@@ -114,16 +114,16 @@ class JanusReading(UnderstandingPipeline):
         if prompt_ids is not None:
             rows = id_rows(prompt_ids)
         elif messages is not None:
-            rows = [self.encode_words(self.format(_placed(messages, len(_flat(shown))), system_prompt))]
+            rows = [self.encode_words(self.format(_placed(messages, len(flat(shown))), system_prompt))]
         else:
             rows = []
-            for text, seen in zip(*_paired(question, shown), strict=True):
+            for text, seen in zip(*paired(question, shown), strict=True):
                 turn = _placed(
-                    [{"role": "user", "content": text}, {"role": "assistant", "content": ""}], len(_flat(seen))
+                    [{"role": "user", "content": text}, {"role": "assistant", "content": ""}], len(flat(seen))
                 )
                 rows.append(self.encode_words(self.format(turn, system_prompt)))
-            shown = [picture for seen in _paired(question, shown)[1] for picture in _flat(seen)]
-        return self.reading_rows(rows, _flat(shown))
+            shown = [picture for seen in paired(question, shown)[1] for picture in flat(seen)]
+        return self.reading_rows(rows, flat(shown))
 
     def reading_rows(self, rows: Sequence[Sequence[int]], images: Sequence[Any]) -> list[Reading]:
         """Readings of rows of ids, in which each image token stands for the next one of `images`."""
@@ -255,13 +255,13 @@ def id_rows(ids: Any) -> list[list[int]]:
     return rows
 
 
-def _flat(images: Any) -> list[Any]:
+def flat(images: Any) -> list[Any]:
     """Pictures of anything that holds images."""
     items = list(images) if isinstance(images, (list, tuple)) else [images]
     return pictures(items) if items else []
 
 
-def _paired(question: Any, shown: list[Any]) -> tuple[list[str], list[Any]]:
+def paired(question: Any, shown: list[Any]) -> tuple[list[str], list[Any]]:
     """As many questions as (groups of) images: one question about each image, or several about one."""
     asked = [question] if isinstance(question, str) else question
     if not isinstance(asked, (list, tuple)) or not all(isinstance(text, str) for text in asked):

@@ -54,6 +54,11 @@ def test_the_table_holds_every_published_checkpoint():
     assert published["mar"] | published["kl"] == {("jadechoghari/mar", name) for name in names}
     assert published["himar"] == {("HiDream-ai/Hi-MAR", f"Hi-MAR-{size}/checkpoint-last.pth") for size in "BLH"}
     assert published["xar"] == {("OliverRen/xAR", f"xAR-{size}.pth") for size in "BLH"}
+    hub = {name: {(e.repo, e.file) for e in zoo.ZOO.values() if e.family == name} for name in ("mingtok", "ming_univision")}
+    assert hub == {name: {(f"inclusionAI/{repo}", "")} for name, repo in
+                   (("mingtok", "MingTok-Vision"), ("ming_univision", "Ming-UniVision-16B-A3B"))}  # fmt: skip
+    names = {e.file for e in zoo.ZOO.values() if e.family == "atoken"}
+    assert names == {f"atoken-{name}.pt" for name in ("soc", "sod", "soc-s1", "soc-s2")}
     assert published["flowar"] == {("OliverRen/FlowAR", f"FlowAR-{size}.pth") for size in "SLH"}
 
 
@@ -66,7 +71,7 @@ def test_entries_are_complete():
         module, class_name = FAMILY_PIPELINES[entry.family]
         pipeline_class = getattr(importlib.import_module(module), class_name)
         assert set(entry.generation_config) <= set(pipeline_class.generation_settings)
-        if entry.family == "janus":
+        if entry.family in ("janus", "ming_univision"):
             assert not entry.file and entry.tokenizer is None  # the repository holds all of it
         elif entry.task != "tokenizer":
             assert zoo.get(entry.tokenizer).task == "tokenizer"

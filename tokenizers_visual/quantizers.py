@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
 
@@ -166,3 +167,97 @@ class MovingAverageCodebook(nn.Module):
         self.usage[dead] = self.usage.mean()
         self.sums[dead] = vectors[worst] * self.usage.mean()
         return len(dead)
+
+
+# About so many codes in a codebook -> levels of its channels, whose product is the exact number (Mentzer et al., arXiv
+# 2309.15505, table 1, and as AToken, 2509.14476, extends it).
+FSQ_LEVELS: dict[int, tuple[int, ...]] = {
+    16: (5, 3),
+    64: (8, 8),
+    256: (8, 6, 5),
+    512: (8, 8, 8),
+    1024: (8, 5, 5, 5),
+    2048: (8, 8, 6, 5),
+    4096: (4, 4, 4, 4, 4, 4),
+    8192: (8, 8, 8, 4, 4),
+    16384: (8, 8, 8, 6, 5),
+    65536: (8, 8, 8, 5, 5, 5),
+    262144: (8, 8, 6, 5, 5, 5, 5),
+}
+
+
+class FiniteScalarQuantizer(nn.Module):
+    """Rounds each channel, squashed by tanh, to one of a few levels (FSQ, Mentzer et al., arXiv 2309.15505).
+
+    Args:
+        levels: number of levels of each channel of a codebook.
+        num_codebooks: codebooks; each has the next `len(levels)` channels.
+        dim: width of the vectors; where it is not that of all codebooks, linear layers lie in front and behind.
+
+    All arithmetic is float32 whatever the input's dtype: half precision would move ids.
+    """
+
+    def __init__(self, levels: Sequence[int], num_codebooks: int = 1, dim: int | None = None) -> None:
+        super().__init__()
+        if not levels or min(levels) < 2 or num_codebooks < 1:
+            raise ValueError(
+                f"`levels` must be numbers of at least 2 and `num_codebooks` positive, got {list(levels)} and {num_codebooks}."
+            )
+        self.levels, self.num_codebooks = tuple(levels), num_codebooks
+        width = len(self.levels) * num_codebooks
+        self.dim = width if dim is None else dim
+        self.project_in = nn.Linear(self.dim, width) if self.dim != width else None
+        self.project_out = nn.Linear(width, self.dim) if self.dim != width else None
+
+    @property
+    def codebook_size(self) -> int:
+        """Ids of one codebook."""
+        return math.prod(self.levels)
+
+    def _level_table(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """int64 `[channels]`: levels, the one that stands for 0, and the factor in the id."""
+        basis = [math.prod(self.levels[:number]) for number in range(len(self.levels))]
+        levels = torch.tensor(self.levels, device=device)
+        return levels, levels // 2, torch.tensor(basis, device=device)
+
+    def round(self, vectors: torch.Tensor) -> torch.Tensor:
+        """Float32 `[..., channels]` -> level numbers around 0, whole, as floats; gradients pass straight through."""
+        levels, _, _ = self._level_table(vectors.device)
+        half = (levels - 1) * 1.001 / 2
+        offset = torch.where(levels % 2 == 0, 0.5, 0.0)
+        bounded = torch.tanh(vectors + torch.atanh(offset / half)) * half - offset
+        return bounded + (bounded.round() - bounded).detach()
+
+    def _quantize(self, vectors: torch.Tensor) -> torch.Tensor:
+        vectors = vectors.float()
+        if self.project_in is not None:
+            vectors = F.linear(vectors, self.project_in.weight.float(), self.project_in.bias.float())
+        return self.round(vectors.unflatten(-1, (self.num_codebooks, -1)))
+
+    def _vectors(self, rounded: torch.Tensor) -> torch.Tensor:
+        _, zero, _ = self._level_table(rounded.device)
+        vectors = (rounded / zero).flatten(-2)
+        if self.project_out is not None:
+            vectors = F.linear(vectors, self.project_out.weight.float(), self.project_out.bias.float())
+        return vectors
+
+    def _ids(self, rounded: torch.Tensor) -> torch.Tensor:
+        _, zero, basis = self._level_table(rounded.device)
+        return ((rounded.detach().round().long() + zero) * basis).sum(-1)
+
+    def ids(self, vectors: torch.Tensor) -> torch.Tensor:
+        """Ids int64 `[..., num_codebooks]` of vectors `[..., dim]`."""
+        with torch.autocast(vectors.device.type, enabled=False):
+            return self._ids(self._quantize(vectors))
+
+    def forward(self, vectors: torch.Tensor) -> Quantized:
+        """Quantizes `vectors` `[..., dim]`; there is nothing to learn about the codes, so both losses are 0."""
+        with torch.autocast(vectors.device.type, enabled=False):
+            rounded = self._quantize(vectors)
+            nothing = rounded.new_zeros(())
+            return Quantized(self._vectors(rounded), self._ids(rounded), nothing, nothing)
+
+    def lookup(self, ids: torch.Tensor) -> torch.Tensor:
+        """Code vectors float32 `[..., dim]` of ids int64 `[..., num_codebooks]`."""
+        levels, zero, basis = self._level_table(ids.device)
+        return self._vectors(((ids[..., None] // basis) % levels - zero).float())

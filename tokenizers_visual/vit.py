@@ -7,6 +7,8 @@ import torch
 from torch import nn
 
 from armm.nn.block import Block, BlockConfig
+from armm.nn.cache import KVCache
+from armm.nn.norms import low_precision_dtype
 
 
 class ViT(nn.Module):
@@ -22,8 +24,9 @@ class ViT(nn.Module):
         mlp_hidden: its inner width; None is 4 * dim.
         norm: "layer" or "rms".
         norm_eps: of the blocks' norms.
-        qkv_bias: whether the projections to queries, keys and values have a bias; the other layers have one.
-        qk_norm: None, "rms" or "l2".
+        qkv_bias: whether the projections to queries, keys and values have a bias; None: as `bias` says.
+        bias: whether the other linear layers have one.
+        qk_norm: None, "rms", "head_rms" or "l2".
     """
 
     def __init__(
@@ -36,7 +39,8 @@ class ViT(nn.Module):
         mlp_hidden: int | None = None,
         norm: str = "layer",
         norm_eps: float = 1e-6,
-        qkv_bias: bool = True,
+        qkv_bias: bool | None = None,
+        bias: bool = True,
         qk_norm: str | None = None,
     ) -> None:
         super().__init__()
@@ -52,20 +56,44 @@ class ViT(nn.Module):
             head_dim=dim // num_heads,
             mlp=mlp,
             mlp_hidden=4 * dim if mlp_hidden is None else mlp_hidden,
-            mlp_bias=True,
+            mlp_bias=bias,
             norm=norm,
             norm_eps=norm_eps,
-            qkv_bias=qkv_bias,
-            out_bias=True,
+            qkv_bias=bias if qkv_bias is None else qkv_bias,
+            out_bias=bias,
             qk_norm=qk_norm,
         )
-        self.dim = dim
+        self.dim, self.num_heads = dim, num_heads
         self.blocks = nn.ModuleList(Block(config) for _ in range(num_layers))
 
     def forward(
-        self, x: torch.Tensor, *, rotary: torch.Tensor | None = None, mask: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        *,
+        rotary: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+        causal: bool = False,
+        cache: KVCache | None = None,
     ) -> torch.Tensor:
-        """`rotary` as from `armm.nn.rotary.rotary_table`; `mask` (True = may look) broadcasts to `[B, heads, N, N]`."""
-        for block in self.blocks:
-            x = block(x, rotary=rotary, mask=mask)
+        """`rotary` as from `armm.nn.rotary.rotary_table`; `mask` (True = may look) broadcasts to `[B, heads, N, N]`; `causal`: tokens
+        see themselves and those before them, those in the `cache` included."""
+        for layer, block in enumerate(self.blocks):
+            x = block(x, rotary=rotary, mask=mask, causal=causal, cache=cache, layer=layer)
         return x
+
+    def allocate_cache(self, batch: int, length: int) -> KVCache:
+        """An empty cache for `batch` rows of up to `length` tokens that are coded causally."""
+        weight = self.blocks[0].attention.to_out.weight
+        dtype = low_precision_dtype(weight)
+        return KVCache.allocate(
+            len(self.blocks), batch, self.num_heads, length, self.dim // self.num_heads, dtype, weight.device
+        )
+
+    def fuse_projections(self) -> None:
+        """Merge the projections of every block for inference; see `armm.nn.block.Block.fuse`."""
+        for block in self.blocks:
+            block.fuse()
+
+    def unfuse_projections(self) -> None:
+        for block in self.blocks:
+            block.unfuse()

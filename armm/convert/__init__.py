@@ -20,6 +20,7 @@ from .containers import (
 
 # Family -> the module with its `convert` and `load_single_file`.
 FAMILIES: dict[str, str] = {
+    "atoken": "armm.convert.atoken",
     "chameleon": "armm.convert.chameleon",
     "elm": "armm.convert.elm",
     "janus": "armm.convert.janus",
@@ -30,6 +31,8 @@ FAMILIES: dict[str, str] = {
     "llamagen": "armm.convert.llamagen",
     "lumina_mgpt": "armm.convert.lumina_mgpt",
     "mar": "armm.convert.mar",
+    "ming_univision": "armm.convert.ming_univision",
+    "mingtok": "armm.convert.mingtok",
     "nar": "armm.convert.nar",
     "par": "armm.convert.par",
     "pure": "armm.convert.pure",

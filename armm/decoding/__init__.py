@@ -13,6 +13,7 @@ from armm.decoding.likelihood import text_log_likelihood
 from armm.decoding.masked import MaskedLatentDecoding
 from armm.decoding.masked_tokens import MaskedTokenDecoding
 from armm.decoding.neighboring import NeighboringDecoding
+from armm.decoding.next_latent import NextLatentDecoding, NextLatentOutput
 from armm.decoding.next_scale import NextScaleDecoding, NextScaleOutput, scale_masks
 from armm.decoding.next_scale_flow import NextScaleFlowDecoding, NextScaleFlowOutput
 from armm.decoding.next_token import NextTokenDecoding
@@ -27,6 +28,7 @@ from armm.decoding.vocabulary import Grammar, ImageBlock
 
 # name -> strategy class; each is a component that a pipeline saves and swaps like a scheduler
 DECODING_STRATEGIES: dict[str, Any] = {
+    "next_latent": NextLatentDecoding,
     "next_token": NextTokenDecoding,
     "interleaved": InterleavedDecoding,
     "masked_latents": MaskedLatentDecoding,
@@ -70,6 +72,8 @@ __all__ = [
     "MaskedLatentDecoding",
     "MaskedTokenDecoding",
     "NeighboringDecoding",
+    "NextLatentDecoding",
+    "NextLatentOutput",
     "NextScaleDecoding",
     "NextScaleFlowDecoding",
     "NextScaleFlowOutput",

@@ -166,7 +166,8 @@ class TokenStream:
         if mask is not None and padded:
             tail = mask.new_ones(mask.shape[0], len(self.positions))
             self.bias = additive_mask(key_mask(torch.cat([mask, tail], dim=1)), self.cache.buffer.dtype)
-        return self._run(embeds.to(self.trunk.dtype), self.prefix_positions, full, full is None)
+        embeds, routes = embeds.to(self.trunk.dtype), self.prefix.routes
+        return self._run(embeds, self.prefix_positions, full, full is None, routes)
 
     def feed(self, ids: Tensor, step: int) -> Tensor:
         """Feed token `step` after the prefix, `ids` [R]: hidden state [R, D]."""
@@ -180,10 +181,15 @@ class TokenStream:
         mask = None if self.bias is None else self.bias.narrow(3, 0, self.length + stop)
         return self._run(embeds, self.following[start:stop], mask, False)
 
-    def _run(self, embeds: Tensor, positions: PositionTable, mask: Tensor | None, causal: bool) -> tuple[Tensor, ...]:
+    def _run(
+        self, embeds: Tensor, positions: PositionTable, mask: Tensor | None, causal: bool, routes: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
         self.num_calls += 1
+        options = {} if routes is None else {"routes": routes}
         return _states(
-            self.trunk(embeds, positions=positions, mask=mask, causal=causal, cache=self.cache, hook=self.hook)
+            self.trunk(
+                embeds, positions=positions, mask=mask, causal=causal, cache=self.cache, hook=self.hook, **options
+            )
         )
 
     def narrow(self, rows: int) -> None:

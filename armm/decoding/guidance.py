@@ -51,12 +51,14 @@ class ContextGuidance:
     2408.02657), or "start_image", the sequence's first token and the open image (Chameleon, arXiv 2405.09818). The result is null +
     scale * (full - null). image_scale: with it there is a third row, "images", that sees all images and no text, and the result
     is null + image_scale * (images - null) + scale * (full - images). Scales of 1 switch guidance off; `scale` may be changed
-    between steps, and may lie below 1.
+    between steps, and may lie below 1. shorten: results are scaled down to the length of the full row's where they are longer
+    (arXiv 2510.06590's "channel" renormalisation; of velocities, not of logits).
     """
 
     scale: float = 1.0
     image_scale: float | None = None
     null: str = "image"
+    shorten: bool = False
 
     def __post_init__(self) -> None:
         for name in ("scale", "image_scale"):
@@ -82,8 +84,13 @@ class ContextGuidance:
         rows = logits.chunk(2 if self.image_scale is None else 3)
         full, null = rows[0], rows[-1]
         if self.image_scale is None:
-            return full if self.scale == 1.0 else _combine_logits(full, null, self.scale)
-        return _combine_logits(rows[1], null, self.image_scale) + self.scale * (full - rows[1])
+            combined = full if self.scale == 1.0 else _combine_logits(full, null, self.scale)
+        else:
+            combined = _combine_logits(rows[1], null, self.image_scale) + self.scale * (full - rows[1])
+        if self.shorten:
+            ratio = full.norm(dim=-1, keepdim=True) / combined.norm(dim=-1, keepdim=True)
+            combined = combined * (ratio + 1e-8).clamp(0.0, 1.0)
+        return combined
 
     def combine_steps(self, logits: Tensor, numbers: Tensor, steps: int) -> Tensor:
         """`combine` for windows, as of `Guidance`: all tokens are guided alike."""

@@ -40,6 +40,7 @@ def stream_text(
     *,
     stop_id: int,
     max_tokens: int,
+    last_ids: Sequence[int] = (),
     index: Tensor | None = None,
     mask: Tensor | None = None,
     grid: Sequence[int] | None = None,
@@ -61,8 +62,8 @@ def stream_text(
     it. What is generated takes the positions behind the last one. mask: bool [B, T], False on padding (on the left).
     sampler: default greedy. vocabulary: (low, high), the ids that may be said. All ids here, the stop token and the
     result included, are ids of the whole vocabulary. Whether every row has stopped is looked up every `check_every`
-    tokens only. pruning: drops image tokens on the way; the prefix is then one row, and images are the (first, behind the last) of its
-    image tokens.
+    tokens only. last_ids: further ids that end a row; unlike the stop token they are part of the text. pruning:
+    drops image tokens on the way; the prefix is then one row, and images are the (first, behind the last) of its image tokens.
     """
     if isinstance(ids, Tensor) and (ids.dim() != 2 or ids.shape[1] == 0):
         raise ValueError(f"ids must be [batch, tokens] with at least one token, got shape {tuple(ids.shape)}")
@@ -91,6 +92,7 @@ def stream_text(
     stream = TokenStream(model, prefix, *tables, hook=run)
     out = torch.full((batch, max_tokens), stop_id, dtype=torch.long, device=device)
     finished = torch.zeros(batch, dtype=torch.bool, device=device)
+    lasts = torch.tensor(list(last_ids), dtype=torch.long, device=device)
     token = out[:, 0]
     for step in range(max_tokens):
         if interrupt is not None and interrupt():
@@ -107,6 +109,8 @@ def stream_text(
                 token = out[:, step]
         yield out[:, : step + 1]
         finished = finished | (token == stop_id)
+        if len(lasts):
+            finished = finished | torch.isin(token, lasts)
         if step % check_every == check_every - 1 and bool(finished.all()):
             break
     lengths = (out == stop_id).int().cumsum(1).eq(0).sum(1)

@@ -1,4 +1,4 @@
-"""Heads that denoise continuous tokens: noisy values, a timestep and hidden states -> the noise in the values.
+"""Heads that denoise continuous tokens: noisy values, a timestep and hidden states -> the noise in the values, or their velocity.
 
 They are called many times for one hidden state, by a solver of `armm.decoding.solvers`.
 """
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from armm.heads.adaptive import AdaptiveHead
 from armm.nn.embedders import TimeEmbedding
-from armm.nn.mlp import MLP
+from armm.nn.mlp import build_mlp
 from armm.nn.modulation import Modulation, modulate
 from armm.nn.norms import LayerNorm
 from armm.transformer import ARTransformer
@@ -24,11 +24,11 @@ __all__ = ["DIFFUSION_HEADS", "DiffusionHead", "DiffusionTransformerHead", "buil
 class ModulatedMLP(nn.Module):
     """x + gate * mlp(norm(x) * (1 + scale) + shift), all three a linear function of SiLU(condition)."""
 
-    def __init__(self, dim: int, norm_eps: float) -> None:
+    def __init__(self, dim: int, norm_eps: float, mlp: str = "silu", mlp_hidden: int | None = None) -> None:
         super().__init__()
         self.norm = LayerNorm(dim, norm_eps)
         self.modulation = Modulation(dim, dim, chunks=3)
-        self.mlp = MLP(dim, dim, "silu")
+        self.mlp = build_mlp(mlp, dim, mlp_hidden or dim, bias=True)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         shift, scale, gate = self.modulation(condition).chunk(3, dim=-1)
@@ -85,12 +85,15 @@ class _Denoiser(nn.Module):
 class DiffusionHead(_Denoiser):
     """A small network that denoises each token by itself (MAR, arXiv 2406.11838, section 3.3).
 
+    Along a flow (`armm.decoding.solvers.flow`) what it gives is the velocity, and its timesteps are 1000 times the flow's times.
+
     Args:
         dim: width of the hidden states.
         channels: of a token.
         width, depth: of the residual blocks.
         learned_variance: predict the interpolation between the two bounds of the variance too (arXiv 2102.09672).
         norm_eps: of the norms.
+        mlp, mlp_hidden: kind and inner width (default `width`) of the blocks' networks, see `armm.nn.mlp.build_mlp`.
     """
 
     def __init__(
@@ -101,13 +104,16 @@ class DiffusionHead(_Denoiser):
         depth: int = 6,
         learned_variance: bool = True,
         norm_eps: float = 1e-6,
+        mlp: str = "silu",
+        mlp_hidden: int | None = None,
     ) -> None:
         super().__init__(dim, channels, width, learned_variance, norm_eps)
-        self.blocks = nn.ModuleList(ModulatedMLP(width, norm_eps) for _ in range(depth))
+        self.blocks = nn.ModuleList(ModulatedMLP(width, norm_eps, mlp, mlp_hidden) for _ in range(depth))
         self._initialize()
 
     def forward(self, x: Tensor, timestep: Tensor, condition: Tensor) -> Tensor:
-        """x [B, n, C], timesteps int64 that broadcast to [B, n] and `condition(hidden)` [B, n, W] -> float32 [B, n, C or 2C]."""
+        """x [B, n, C], timesteps (integers, or floats) that broadcast to [B, n] and `condition(hidden)` [B, n, W] -> float32
+        [B, n, C or 2C]."""
         condition = self.time_embedding(timestep) + condition
         x = self.input_projection(x.to(self.input_projection.weight.dtype))
         for block in self.blocks:

@@ -13,7 +13,9 @@ from armm.nn.attention import (
 )
 from armm.nn.block import Attention, Block, BlockConfig
 from armm.nn.bridge import Bridge
+from armm.nn.cache import KVCache
 from armm.nn.embedders import CaptionEmbedding, LabelEmbedding, Projector, TimeEmbedding
+from armm.nn.experts import MixtureOfExperts
 from armm.nn.hooks import LayerHook
 from armm.nn.linear import FusedLinear
 from armm.nn.masks import (
@@ -28,7 +30,14 @@ from armm.nn.masks import (
 from armm.nn.mlp import MLP, GatedMLP, build_mlp, gated_hidden
 from armm.nn.modulation import BlockModulation, Modulation, modulate
 from armm.nn.norms import LayerNorm, RMSNorm, build_norm, rms_norm
-from armm.nn.positions import PositionLayout, PositionTable, image_layout, raster_coordinates, unified_layout
+from armm.nn.positions import (
+    PositionLayout,
+    PositionTable,
+    image_layout,
+    raster_coordinates,
+    resize_positions,
+    unified_layout,
+)
 from armm.nn.rotary import apply_rotary, apply_rotary_half_split, apply_rotary_interleaved, rotary_table
 from armm.nn.sincos import sincos_table, video_sincos_table
 
@@ -43,9 +52,11 @@ __all__ = [
     "CaptionEmbedding",
     "FusedLinear",
     "GatedMLP",
+    "KVCache",
     "LabelEmbedding",
     "LayerHook",
     "LayerNorm",
+    "MixtureOfExperts",
     "Modulation",
     "PositionLayout",
     "PositionTable",
@@ -74,6 +85,7 @@ __all__ = [
     "prefix_mask",
     "raster_coordinates",
     "record_attention",
+    "resize_positions",
     "rms_norm",
     "rotary_table",
     "sincos_table",

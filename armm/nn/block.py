@@ -12,14 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from armm.nn.attention import attention
+from armm.nn.experts import MixtureOfExperts
 from armm.nn.linear import FusedLinear, is_plain, separate
 from armm.nn.mlp import GatedMLP, build_mlp
 from armm.nn.modulation import NAMES, BlockModulation, modulate
-from armm.nn.norms import FastRMSNorm, HeadLayerNorm, RMSNorm, build_norm, rms_norm
+from armm.nn.norms import FastRMSNorm, HeadLayerNorm, HeadRMSNorm, RMSNorm, build_norm, rms_norm
 from armm.nn.rotary import apply_rotary
 
 if TYPE_CHECKING:
-    from armm.cache import KVCache
+    from armm.nn.cache import KVCache
 
 MAX_QUERY_SCALE = math.log(100.0)
 # observe("attention" or "mlp", normalised input [B, N, D], output [B, N, D] before it is added)
@@ -52,6 +53,7 @@ class BlockConfig:
     modulation_tasks: int = 0
     dropout: float = 0.0
     context_dim: int | None = None
+    experts: dict[str, int] | None = None  # arguments of `MixtureOfExperts`: count, active, hidden, shared, routers
 
 
 class Attention(nn.Module):
@@ -77,6 +79,9 @@ class Attention(nn.Module):
         elif config.qk_norm == "head_layer":
             self.query_norm = HeadLayerNorm(self.heads, head_dim, config.qk_norm_eps)
             self.key_norm = HeadLayerNorm(self.kv_heads, head_dim, config.qk_norm_eps)
+        elif config.qk_norm == "head_rms":
+            self.query_norm = HeadRMSNorm(self.heads, head_dim)
+            self.key_norm = HeadRMSNorm(self.kv_heads, head_dim)
         elif config.qk_norm == "l2":
             # cosine attention: logits = <q/|q|, k/|k|> * exp(min(query_scale, ln 100)), one learned scale a head
             self.query_scale = nn.Parameter(torch.full((self.heads,), math.log(4.0)))
@@ -84,7 +89,7 @@ class Attention(nn.Module):
 
     def normalize(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """Query/key norm per head on [B, N, H, d]."""
-        if self.qk_norm in ("rms", "head_layer"):
+        if self.qk_norm in ("rms", "head_layer", "head_rms"):
             return self.query_norm(query), self.key_norm(key)
         if self.qk_norm == "l2":
             scale = self.query_scale.float().clamp(max=MAX_QUERY_SCALE).exp()[:, None]
@@ -159,13 +164,17 @@ class FusedBlock:
         self.scale = att.scale
         self.qkv = FusedLinear.merge([att.to_q, att.to_k, att.to_v])
         self.out = FusedLinear.merge([att.to_out])
+        self.experts = mlp if isinstance(mlp, MixtureOfExperts) else None
+        self.attention_norm, self.mlp_norm = _fast_norm(block.attention_norm), _fast_norm(block.mlp_norm)
+        self.norms_output = block.norms_output
+        if self.experts is not None:
+            self.experts.fuse()
+            return
         self.gated = isinstance(mlp, GatedMLP)
         self.up = FusedLinear.merge([mlp.gate, mlp.up] if self.gated else [mlp.fc1])
         self.down = FusedLinear.merge([mlp.down if self.gated else mlp.fc2])
         self.activation = mlp.activation
         self.silu = self.gated and mlp.activation is F.silu
-        self.attention_norm, self.mlp_norm = _fast_norm(block.attention_norm), _fast_norm(block.mlp_norm)
-        self.norms_output = block.norms_output
 
     def split(self, qkv: Tensor, batch: int, length: int, rotary: Tensor | None) -> tuple[Tensor, Tensor]:
         """Merged projections [B * N, (H + 2 Hkv) d] -> queries [B, H, N, d], keys and values [2, B, Hkv, N, d]."""
@@ -199,6 +208,7 @@ class FusedBlock:
         discard: int,
         backend: str | None,
         repeated: bool = False,
+        routes: Tensor | None = None,
     ) -> Tensor:
         batch, length, dim = x.shape
         x = x.reshape(batch * length, dim)
@@ -220,6 +230,11 @@ class FusedBlock:
         else:
             x = self.out.add_rows(x, out, pack)
 
+        if self.experts is not None:
+            routes = None if routes is None else routes.reshape(-1)
+            if self.norms_output:
+                return (x + self.mlp_norm(self.experts(x, routes))).view(batch, length, dim)
+            return (x + self.experts(self.mlp_norm(x), routes)).view(batch, length, dim)
         hidden = self.up.rows(x if self.norms_output else self.mlp_norm(x), pack)
         if self.gated:
             gate, hidden = hidden.chunk(2, dim=-1)
@@ -256,7 +271,11 @@ class Block(nn.Module):
             self.context_norm = build_norm(config.norm, config.context_dim, config.norm_eps)
             self.cross_attention = Attention(config, config.context_dim)
         self.mlp_norm = build_norm(config.norm, config.dim, config.norm_eps, config.norm_affine)
-        self.mlp = build_mlp(config.mlp, config.dim, config.mlp_hidden, config.mlp_bias)
+        self.mlp: nn.Module
+        if config.experts is None:
+            self.mlp = build_mlp(config.mlp, config.dim, config.mlp_hidden, config.mlp_bias)
+        else:
+            self.mlp = MixtureOfExperts(config.dim, kind=config.mlp, bias=config.mlp_bias, **config.experts)
         self.modulation = None
         if config.modulation is not None:
             self.modulation = BlockModulation(
@@ -289,38 +308,43 @@ class Block(nn.Module):
         context: Tensor | None = None,
         observe: Observer | None = None,
         repeated: bool = False,
+        routes: Tensor | None = None,
     ) -> Tensor:
         """`x` [B, N, D] -> [B, N, D]; `condition` feeds the modulation, `observe` is shown what goes into and comes out of both
         branches, the rest is as in `ARTransformer.forward`."""
         if observe is not None:
-            return self._observed(x, rotary, mask, causal, cache, layer, discard, backend, observe)
+            return self._observed(x, rotary, mask, causal, cache, layer, discard, backend, observe, routes)
         if self._fused is not None and not torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type):
-            return self._fused(x, rotary, mask, causal, cache, layer, discard, backend, repeated)
+            return self._fused(x, rotary, mask, causal, cache, layer, discard, backend, repeated, routes)
         if self.norms_output:
             branch = self.attention(x, rotary, mask, causal, cache, layer, discard, backend)
             x = x + F.dropout(self.attention_norm(branch), self.dropout, self.training)
-            return x + F.dropout(self.mlp_norm(self.mlp(x)), self.dropout, self.training)
+            return x + F.dropout(self.mlp_norm(self.feed_forward(x, routes)), self.dropout, self.training)
         if self.modulation is None:
             branch = self.attention(self.attention_norm(x), rotary, mask, causal, cache, layer, discard, backend)
             x = self.cross(x + F.dropout(branch, self.dropout, self.training), context, rotary, layer, backend)
-            return x + F.dropout(self.mlp(self.mlp_norm(x)), self.dropout, self.training)
+            return x + F.dropout(self.feed_forward(self.mlp_norm(x), routes), self.dropout, self.training)
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition, segments)
         h = modulate(self.attention_norm(x), shift1, scale1)
         branch = self.attention(h, rotary, mask, causal, cache, layer, discard, backend)
         x = self.cross(x + gate1 * F.dropout(branch, self.dropout, self.training), context, rotary, layer, backend)
         h = modulate(self.mlp_norm(x), shift2, scale2)
-        return x + gate2 * F.dropout(self.mlp(h), self.dropout, self.training)
+        return x + gate2 * F.dropout(self.feed_forward(h, routes), self.dropout, self.training)
+
+    def feed_forward(self, x: Tensor, routes: Tensor | None = None) -> Tensor:
+        """The feed-forward branch; `routes` matter to experts only."""
+        return self.mlp(x) if routes is None else self.mlp(x, routes)
 
     def _observed(self, x: Tensor, *arguments: Any) -> Tensor:
         if self.modulation is not None or self.cross_attention is not None or self.norms_output:
             raise ValueError("blocks with modulation, cross-attention or norms behind their branches cannot be observed")
-        *rest, observe = arguments
+        *rest, observe, routes = arguments
         h = self.attention_norm(x)
         branch = self.attention(h, *rest)
         observe("attention", h, branch)
         x = x + branch
         h = self.mlp_norm(x)
-        branch = self.mlp(h)
+        branch = self.feed_forward(h, routes)
         observe("mlp", h, branch)
         return x + branch
 
@@ -339,6 +363,8 @@ class Block(nn.Module):
     def _merged_groups(self) -> list[list[nn.Module]]:
         att, mlp = self.attention, self.mlp
         groups = [[att.to_q, att.to_k, att.to_v], [att.to_out]]
+        if isinstance(mlp, MixtureOfExperts):
+            return groups + mlp.merged_groups()
         return groups + ([[mlp.gate, mlp.up], [mlp.down]] if isinstance(mlp, GatedMLP) else [[mlp.fc1], [mlp.fc2]])
 
     def fuse(self) -> bool:
@@ -356,6 +382,8 @@ class Block(nn.Module):
     def unfuse(self) -> None:
         if self._fused is not None:
             self._fused = None
+            if isinstance(self.mlp, MixtureOfExperts):
+                self.mlp.unfuse()
             for group in self._merged_groups():
                 if len(group) > 1 and all(is_plain(layer) for layer in group):
                     separate(group)

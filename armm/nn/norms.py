@@ -95,6 +95,24 @@ class HeadLayerNorm(nn.Module):
         return f"{tuple(self.weight.shape)}, eps={self.eps}"
 
 
+class HeadRMSNorm(nn.Module):
+    """Vectors [..., H, d] scaled to length sqrt(d), times a weight for each of the H heads (Henry et al., arXiv 2010.04245).
+
+    What is 0 stays 0: there is no epsilon beside the one against division by zero.
+    """
+
+    def __init__(self, heads: int, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(heads, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.weight.float() * self.weight.shape[-1] ** 0.5
+        return (F.normalize(x.float(), dim=-1) * scale).to(low_precision_dtype(x))
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}"
+
+
 def build_norm(kind: str, dim: int, eps: float, affine: bool = True) -> nn.Module:
     """A norm by name: "rms" or "layer"."""
     if kind == "rms":

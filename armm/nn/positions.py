@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -97,6 +98,27 @@ def raster_coordinates(*sizes: int) -> Tensor:
     """Coordinates of every cell of a grid in raster order: float32 [cells, axes]; (row, column) for (height, width)."""
     axes = [torch.arange(size, dtype=torch.float32, device="cpu") for size in sizes]
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, -2)
+
+
+def resize_positions(
+    table: Tensor, height: int, width: int, *, mode: str = "bicubic", antialias: bool = False, offset: float = 0.0
+) -> Tensor:
+    """A learned position for each cell of a grid [H, W, D], interpolated to another grid: [height * width, D] in raster order.
+
+    mode: "bicubic" or "bilinear", pixel centres aligned. offset: with one, the grid is sampled as if it were
+    (height + offset) x (width + offset) cells large, which keeps rounding from losing a row (DINO, arXiv 2104.14294). A table of the
+    right size comes back as it is. Computed in float32.
+    """
+    rows, columns, _ = table.shape
+    if (rows, columns) == (height, width):
+        return table.flatten(0, 1)
+    picture = table.float().permute(2, 0, 1)[None]
+    if offset:
+        scale = ((height + offset) / rows, (width + offset) / columns)
+        picture = F.interpolate(picture, scale_factor=scale, mode=mode, align_corners=False, antialias=antialias)
+    else:
+        picture = F.interpolate(picture, size=(height, width), mode=mode, align_corners=False, antialias=antialias)
+    return picture[0].flatten(1).transpose(0, 1).to(table.dtype)
 
 
 def image_layout(prefix: int, *sizes: int) -> PositionLayout:

@@ -32,12 +32,15 @@ class FlowSolver:
             SiT; its last step, from `last_time`, adds no noise).
         grid: times of "euler": "uniform", or FlowAR's "dense_end", which spends half of the steps on the last quarter, but is
             uniform at exactly 50 steps.
+        shift: of the "uniform" grid: above 1 more of the steps lie near the noise, f u / (1 + (f - 1) u) for u from 1 to 0 (Esser et
+            al., arXiv 2403.03206).
         last_time: of "euler_maruyama", whose other times lie evenly between 1 and it.
     """
 
     method: str = "euler"
     grid: str = "uniform"
     last_time: float = 0.04
+    shift: float = 1.0
 
     def __post_init__(self) -> None:
         if self.method not in FLOW_METHODS:
@@ -46,6 +49,12 @@ class FlowSolver:
             raise ValueError(f"grid must be one of {FLOW_GRIDS}, got {self.grid!r}")
         if not 0 < self.last_time < 1:
             raise ValueError(f"last_time must lie between 0 and 1, got {self.last_time!r}")
+        if not 0 < self.shift < math.inf:
+            raise ValueError(f"shift must be a finite number above 0 (1 = evenly spaced), got {self.shift!r}")
+        if self.shift != 1.0 and (self.method, self.grid) != ("euler", "uniform"):
+            raise ValueError(
+                f"shift={self.shift} needs method 'euler' and grid 'uniform', got {self.method!r}, {self.grid!r}"
+            )
 
     @property
     def min_steps(self) -> int:
@@ -64,7 +73,8 @@ class FlowSolver:
                 [_linspace(1.0, self.last_time, num_steps), torch.zeros(1, dtype=torch.float64, device="cpu")]
             )
         if self.grid == "uniform" or num_steps == UNIFORM_FROM:
-            return _linspace(1.0, 0.0, num_steps + 1)
+            times = _linspace(1.0, 0.0, num_steps + 1)
+            return self.shift * times / (1.0 + (self.shift - 1.0) * times)
         half = num_steps // 2
         first, second = DENSE_END
         return torch.cat([_linspace(1.0, first, half), _linspace(second, 0.0, half + 1)])
