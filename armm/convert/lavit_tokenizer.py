@@ -18,8 +18,7 @@ from tokenizers_visual.lavit_decoder import LaVITDecoder
 from . import eva
 from .containers import CheckpointKeysError, CheckpointShapeError
 from .facts import compare, count, read_options, shape
-from .keymap import Rule, apply_rules, load_strict, split_thirds
-from .seed_tokenizer import _first
+from .keymap import Rule, apply_rules, first_row, load_strict, split_thirds
 
 VISION, READING = "encoder.", "reading."
 TOKENIZER_OPTIONS = {
@@ -29,7 +28,6 @@ TOKENIZER_OPTIONS = {
 DECODER_OPTIONS = {
     "num_heads", "pool_heads", "code_dim", "dim", "num_layers", "mlp_hidden", "num_queries", "feature_dim", "pooled_dim",
 }  # fmt: skip
-POOL_HEAD_DIM = 64
 
 
 def block_rules(source: str, target: str, own: str, cross: str) -> tuple[Rule, ...]:
@@ -70,8 +68,8 @@ TOKENIZER_RULES: tuple[Rule, ...] = (
 )
 DECODER_RULES: tuple[Rule, ...] = (
     Rule("in_proj.{leaf}", "proj_in.{leaf}"),
-    Rule("pos_embed", "positions", _first),
-    Rule("query_embed", "transformer.queries", _first),
+    Rule("pos_embed", "positions", first_row),
+    Rule("query_embed", "transformer.queries", first_row),
     *block_rules("", "transformer.", "self_attn", "cross_attn"),
     Rule("norm.{leaf}", "transformer.norm_out.{leaf}"),
     Rule("decode_task_layer.{i}.{leaf}", "feature_proj.{i}.{leaf}"),
@@ -175,9 +173,8 @@ def convert_decoder(
         "embed_dims": [shape(state, f"{name}.weight", 2)[0] for name in projections],
     }
     if pooled:
-        arguments["pool_heads"] = eva.num_heads(
-            found["feature_dim"], options.get("pool_heads"), "pool_heads", POOL_HEAD_DIM
-        )
+        given = options.get("pool_heads", arguments["num_heads"])
+        arguments["pool_heads"] = eva.num_heads(found["feature_dim"], given, "pool_heads")
     with init_empty_weights():
         model = LaVITDecoder(**arguments)
     return load_strict(model, apply_rules(state, DECODER_RULES), DECODER_RULES, dtype=dtype)

@@ -15,9 +15,9 @@ from accelerate import init_empty_weights
 from tokenizers_visual.seed import SEEDTokenizer
 
 from . import eva
-from .containers import CheckpointKeysError, CheckpointShapeError
+from .containers import CheckpointKeysError
 from .facts import compare, count, read_options, shape
-from .keymap import Rule, apply_rules, load_strict, split_thirds
+from .keymap import Rule, apply_rules, first_row, load_strict, split_thirds
 
 VISION = "visual_encoder."
 # Beside these, `vision_layers` says how many blocks of the vision transformer are used: all, or all but the last one where they
@@ -31,13 +31,6 @@ OPTION_NAMES = {"num_query_token": "num_tokens", "n_embed": "codebook_size", "co
 QUERY_HEAD_DIM = 64  # of BERT
 DECODER_HEADS = 12  # fixed in the authors' code
 CAUSAL_TOKENS = 32  # the authors' code hides later queries for exactly this number
-
-
-def _first(tensor: torch.Tensor, context: Mapping[str, Any]) -> torch.Tensor:
-    """[1, N, D] -> [N, D]."""
-    if tensor.ndim != 3 or tensor.shape[0] != 1:
-        raise CheckpointShapeError(f"expected [1, tokens, width], got {tuple(tensor.shape)}")
-    return tensor[0]
 
 
 def q_former_rules(source: str, target: str) -> tuple[Rule, ...]:
@@ -74,19 +67,19 @@ _QKV = tuple(f"decoder.blocks.{{i}}.attention.{part}.{{leaf}}" for part in ("to_
 RULES: tuple[Rule, ...] = (
     *eva.rules(VISION),
     Rule("ln_vision.{leaf}", "vision_norm.{leaf}"),
-    Rule("query_tokens", "query_transformer.queries", _first),
+    Rule("query_tokens", "query_transformer.queries", first_row),
     *q_former_rules("Qformer", "query_transformer"),
     Rule("encode_task_layer.{i}.{leaf}", "quant_proj.{i}.{leaf}"),
     Rule("quantize.embedding.weight", "quantizer.embedding.weight"),
     Rule("decode_task_layer.{i}.{leaf}", "post_quant_proj.{i}.{leaf}"),
-    Rule("pos_embed_image", "decoder_positions", _first),
+    Rule("pos_embed_image", "decoder_positions", first_row),
     Rule("blocks_image.{i}.attn.qkv.{leaf}", _QKV, split_thirds),
     Rule("blocks_image.{i}.attn.proj.{leaf}", "decoder.blocks.{i}.attention.to_out.{leaf}"),
     Rule("blocks_image.{i}.norm1.{leaf}", "decoder.blocks.{i}.attention_norm.{leaf}"),
     Rule("blocks_image.{i}.norm2.{leaf}", "decoder.blocks.{i}.mlp_norm.{leaf}"),
     Rule("blocks_image.{i}.mlp.{part}.{leaf}", "decoder.blocks.{i}.mlp.{part}.{leaf}"),
     Rule("image_down.{i}.weight", "narrowing.{i}.weight"),
-    Rule("reverse_tokens", "reverse_transformer.queries", _first),
+    Rule("reverse_tokens", "reverse_transformer.queries", first_row),
     *q_former_rules("Reverse_Qformer", "reverse_transformer"),
     Rule("distill_image_proj.{leaf}", "embedding_proj.{leaf}"),
     # of a loss of training
