@@ -7,9 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from diffusers import ModelMixin
 
 from .base import VisualTokenizer
 from .codes import Codes
+
+__all__ = ["CLIP_MEAN", "CLIP_STD", "ImageCondition", "ModelMixin", "SemanticTokenizer"]
 
 # Mean and standard deviation of CLIP's training images, of pixels in [0, 1] (Radford et al., arXiv 2103.00020).
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)

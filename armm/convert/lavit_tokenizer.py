@@ -118,7 +118,9 @@ def convert_tokenizer(
         elif name not in state or name.startswith("vit_proj."):
             state[name] = tensor
         elif not torch.equal(state[name], tensor):
-            raise CheckpointShapeError(f"{name} differs between the tokenizer's file and `reading`: it must be the same.")
+            raise CheckpointShapeError(
+                f"{name} differs between the tokenizer's file and `reading`: it must be the same."
+            )
     state = eva.joined_biases(state, VISION)
     with init_empty_weights():
         model = LaVITTokenizer(**_tokenizer_arguments(state, options))

@@ -13,14 +13,19 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 
+from armm.decoding.interleaved import InterleavedDecoding
+from armm.decoding.vocabulary import ImageBlock
 from armm.model import AutoregressiveModel
+from pipelines.bpe import BPETokenizer
 from tokenizers_visual.seed import SEEDTokenizer
 
 from . import llama, seed_tokenizer
 from .containers import CheckpointKeysError, load_state_dict
 from .facts import read_options
-from .folders import load_folder, read_json, resolve_folder_or_file
+from .folders import load_folder, resolve_folder_or_file
 from .keymap import apply_rules, load_strict
+from .llamagen import dtype_of
+from .words import llama_options, load_words, published_options
 
 TOKENIZER_FILE = "seed_quantizer.pt"
 VISION_FILE = "eva_vit_g.pth"
@@ -65,19 +70,6 @@ def _tokenizer(
     return seed_tokenizer.convert_state_dict(state, config=config, vision=weights, dtype=dtype)
 
 
-def published_options(file: Path) -> dict[str, Any]:
-    """What transformers' `config.json` says of a language model, where there is one."""
-    values = read_json(file) if file.is_file() else {}
-    if values.get("rope_scaling"):
-        raise ValueError(f"{file} asks for scaled rotary positions ({values['rope_scaling']!r}), which are not supported.")
-    return {name: value for name, value in values.items() if name in llama.OPTION_NAMES}
-
-
-def llama_options(config: Any) -> dict[str, Any]:
-    """Options under transformers' names or ours as a dict."""
-    return read_options(config, llama.OPTION_NAMES, llama.OPTIONS)
-
-
 def language_model(
     state: Mapping[str, torch.Tensor], options: Mapping[str, Any], dtype: torch.dtype | None
 ) -> AutoregressiveModel:
@@ -87,3 +79,71 @@ def language_model(
     with init_empty_weights():
         model = AutoregressiveModel(vocab_size=vocab_size, **arguments)
     return load_strict(model, apply_rules(state, llama.RULES), llama.RULES, dtype=dtype)
+
+
+# ---------------------------------------------------------------------- pipelines
+
+
+def load_single_file(
+    path: Any,
+    *,
+    tokenizer: Any = None,
+    text_tokenizer: Any = None,
+    config: Any = None,
+    dtype: torch.dtype | dict[str, torch.dtype] | None = None,
+    generation_config: dict[str, Any] | None = None,
+    **hub_options: Any,
+) -> dict[str, Any]:
+    """The components of a `SEEDLLaMAPipeline`.
+
+    Args:
+        path: folder, file or hub id of the language model.
+        tokenizer: `seed_quantizer.pt`, the folder or hub id that holds it, or a `SEEDTokenizer`.
+        text_tokenizer: a `BPETokenizer`, or a file or folder of transformers; None looks beside the tokenizer and into `path`.
+        config: a dict, or a JSON file, with what the files do not say: `language` and `tokenizer` with options of these parts (see
+            `convert`), `vision` (the file of the vision transformer), `template` ("vicuna" for 8B, the default, or "llama2" for 14B).
+        dtype: of the weights; a dict names components and "default".
+        generation_config: settings that replace the authors' preset.
+        hub_options: `revision`, `cache_dir`, `local_files_only`, `token` for files on the hub.
+    """
+    options = read_options(config, {}, {"language", "tokenizer", "vision", "template"})
+    if tokenizer is None:
+        raise ValueError(
+            "SEED's tokenizer is a file of its own: pass `tokenizer=` (seed_quantizer.pt, or AILab-CVC/seed-tokenizer-2)."
+        )
+    local = resolve_folder_or_file(path, **hub_options)
+    transformer = convert(local, config=options.get("language"), dtype=dtype_of(dtype, "transformer"))
+    if not isinstance(transformer, AutoregressiveModel):
+        raise ValueError(f"{path} holds a tokenizer, not a language model: pass it as `tokenizer=`.")
+    places = [local if local.is_dir() else local.parent]
+    if not isinstance(tokenizer, SEEDTokenizer):
+        beside = resolve_folder_or_file(tokenizer, **hub_options)
+        places.insert(0, beside if beside.is_dir() else beside.parent)
+        tokenizer = convert(
+            beside, config=options.get("tokenizer"), vision=options.get("vision"), dtype=dtype_of(dtype, "tokenizer")
+        )
+    if text_tokenizer is not None and not isinstance(text_tokenizer, BPETokenizer):
+        places = [resolve_folder_or_file(text_tokenizer, **hub_options)]
+    words = text_tokenizer if isinstance(text_tokenizer, BPETokenizer) else load_words(places)
+    return {
+        "tokenizer": tokenizer,
+        "transformer": transformer,
+        "decoding": InterleavedDecoding(),
+        "text_tokenizer": words,
+        "image_block": image_block(words, tokenizer, transformer.vocab_size).to_dict(),
+        "template": options.get("template", "vicuna"),
+        "generation_config": dict(generation_config or {}),
+    }
+
+
+def image_block(words: BPETokenizer | None, tokenizer: SEEDTokenizer, vocab_size: int) -> ImageBlock:
+    """How images are written: by the names in the text tokenizer, or without one at the released ids."""
+    size = tokenizer.codebook_size
+    names = ("<img_00000>", "<img>", "</img>")
+    found = [None if words is None else words.id_of(name) for name in names]
+    first, begin, end = found
+    if first is None or begin is None or end is None:
+        if words is not None:
+            raise ValueError(f"the text tokenizer lacks the tokens {', '.join(names)}: is it that of SEED-LLaMA?")
+        first, begin, end = vocab_size - size - 2, vocab_size - 2, vocab_size - 1
+    return ImageBlock(begin=begin, end=end, codes=((first, size),), grid=(1, tokenizer.config.num_tokens))

@@ -324,8 +324,8 @@ class Block(nn.Module):
         routes: Tensor | None = None,
         context_mask: Tensor | None = None,
     ) -> Tensor:
-        """`x` [B, N, D] -> [B, N, D]; `context_mask` says which tokens of the context may be looked at, `condition` feeds the modulation, `observe` is shown what goes into and comes out of both
-        branches, the rest is as in `ARTransformer.forward`."""
+        """`x` [B, N, D] -> [B, N, D]; `condition` feeds the modulation, `context_mask` says which tokens of the context may be looked
+        at, `observe` is shown what goes into and comes out of both branches, the rest is as in `ARTransformer.forward`."""
         if observe is not None:
             return self._observed(x, rotary, mask, causal, cache, layer, discard, backend, observe, routes)
         if self._fused is not None and not torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type):

@@ -56,7 +56,9 @@ def tokenizer_checks(model: LaVITTokenizer, io: dict[str, torch.Tensor]) -> Iter
         yield Check(f"{name}_quantized", model.embed(codes)[codes.mask], io[f"{name}_quantized"])
         ids = codes.ids + FIRST
         yield Check(f"{name}_llm_ids_concat", ids[codes.mask], io[f"{name}_llm_ids_concat"])
-        written = [token for row, real in zip(ids, codes.mask, strict=True) for token in (BEGIN, *row[real].tolist(), END)]
+        written = [
+            token for row, real in zip(ids, codes.mask, strict=True) for token in (BEGIN, *row[real].tolist(), END)
+        ]
         special = f"{name}_llm_ids_with_special_concat"
         yield Check(special, torch.tensor(written), io[special])
         read, mask = model.reading_features(pixels, noise=noise)
