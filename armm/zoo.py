@@ -44,6 +44,12 @@ class ZooEntry:
     config: dict[str, Any] = field(default_factory=dict)
     paper: str = ""
 
+    @property
+    def is_restricted(self) -> bool:
+        """Whether the licence limits what the weights may be used for."""
+        licence = self.licence.lower()
+        return any(word in licence for word in ("non-commercial", "community", "research", "use policy"))
+
 
 _LLAMAGEN: dict[str, Any] = {
     "family": "llamagen",

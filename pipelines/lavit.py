@@ -14,6 +14,7 @@ from diffusers.utils.doc_utils import replace_example_docstring
 from armm.decoding.beam import BeamSearch
 from armm.decoding.guidance import Guidance
 from armm.decoding.text import decode_text
+from armm.hub import fetch_snapshot
 from armm.multimodal_model import MultimodalModel
 from tokenizers_visual.codes import Codes
 from tokenizers_visual.lavit import LaVITTokenizer
@@ -58,7 +59,7 @@ class LaVITPipeline(PaintingPipeline, UnderstandingPipeline):
             an image that is read are kept, as by the authors, or the likelier ones are.
     """
 
-    model_cpu_offload_seq = "transformer->decoder"
+    model_cpu_offload_seq = "tokenizer->transformer->decoder"
     _optional_components: ClassVar[list[str]] = ["decoder", "text_tokenizer"]
     single_file_loader: ClassVar[str | None] = "armm.convert.lavit"
     generation_settings: ClassVar[dict[str, Any]] = {
@@ -184,8 +185,6 @@ class LaVITPipeline(PaintingPipeline, UnderstandingPipeline):
             options: of the models' `from_pretrained`, `torch_dtype` among them.
         """
         from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
-
-        from armm.hub import fetch_snapshot
 
         if self.decoder is None:
             raise ValueError("without a `decoder` there is nothing to paint from: load the pipeline with one first.")

@@ -352,4 +352,5 @@ def test_the_zoo_knows_them():
     ]
     entry = armm.zoo.get("lavit-7b-v2")
     assert "LaVIT Community License" in entry.licence and entry.repo == "rain1011/LaVIT-7B-v2"
+    assert entry.is_restricted and not armm.zoo.get("llamagen-c2i-b-256").is_restricted
     assert eva.num_heads(1408, None, "vision_heads") == 16

@@ -292,6 +292,22 @@ def test_saved_models_are_the_same(model, tmp_path):
         assert isinstance(loaded, LaVITDecoder)
 
 
+@pytest.mark.parametrize("made", [tiny.seed_tokenizer, tiny.lavit_tokenizer], ids=["seed", "lavit"])
+def test_models_in_half_precision_keep_what_decides_in_float32(made, tmp_path):
+    made().save_pretrained(tmp_path)
+    model = made().__class__.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    assert (
+        model.quantizer.embedding.weight.dtype == torch.float32 and model.quant_proj[0].weight.dtype == torch.bfloat16
+    )
+    codes = model.encode(pixels().bfloat16())
+    assert model.embed(codes).dtype == torch.float32
+    assert model.reading_features(pixels().bfloat16())[0].dtype == torch.bfloat16
+    if isinstance(model, SEEDTokenizer):
+        assert model.condition(codes).pooled.dtype == torch.bfloat16
+    else:
+        assert model.selector.proj_in.weight.dtype == torch.float32
+
+
 def test_wrong_files_are_named(tmp_path):
     for family, match in (("seed", "no file of SEED"), ("lavit", "no file of LaVIT")):
         file = tmp_path / f"{family}.pt"

@@ -174,6 +174,7 @@ class LaVITTokenizer(SemanticTokenizer):
         kept, mask = gather_kept(merger(features, keep), keep)
         return self.reading_proj(kept).masked_fill(~mask.unsqueeze(-1), 0), mask
 
+    @apply_forward_hook
     def embed(self, codes: Codes) -> torch.Tensor:
         """Code vectors float32 `[B, N, codebook_dim]`, which a `LaVITDecoder` sees. (Language models draw ids in rows of their own
         embedding and read `reading_features`.)"""

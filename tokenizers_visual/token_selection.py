@@ -27,14 +27,14 @@ class TokenSelector(nn.Module):
         self.layers = nn.ModuleList(nn.Linear(wide, narrow) for wide, narrow in zip(widths, widths[1:], strict=False))
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """float32 `[B, N, 2]` (0 = keep, 1 = drop) of `features` `[B, N, dim]`; the arithmetic is float32 throughout."""
+        """float32 `[B, N, 2]` (0 = keep, 1 = drop) of `features` `[B, N, dim]`, computed in the dtype of the weights."""
         with torch.autocast(features.device.type, enabled=False):
-            x = F.gelu(self.proj_in(self.norm(features.float())))
+            x = F.gelu(self.proj_in(self.norm(features.to(self.proj_in.weight.dtype))))
             own, shared = x.tensor_split([x.shape[-1] // 2], dim=-1)
             x = torch.cat([own, shared.mean(1, keepdim=True).expand_as(shared)], dim=-1)
             for layer in self.layers[:-1]:
                 x = F.gelu(layer(x))
-            return self.layers[-1](x).log_softmax(-1)
+            return self.layers[-1](x).float().log_softmax(-1)
 
     @staticmethod
     def decide(log_probs: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
