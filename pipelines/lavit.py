@@ -220,6 +220,7 @@ class LaVITPipeline(PaintingPipeline, UnderstandingPipeline):
         texts = ("" if question is None else question) if prompt_ids is None else None
         rows = self.text_rows(texts, prompt_ids, "question")
         rows = rows * len(images) if len(rows) == 1 else rows
+        images = images * len(rows) if len(images) == 1 else images
         if not images or len(rows) != len(images):
             raise ValueError(f"`question` holds {len(rows)} questions for {len(images)} images: give one for each.")
         sample = self.setting("sample_tokens", sample_tokens)
@@ -257,8 +258,8 @@ class LaVITPipeline(PaintingPipeline, UnderstandingPipeline):
 
         Args:
             image: a PIL image, an array [H, W, 3], a tensor [3, H, W], or a list of them.
-            question (`str` or `list`, *optional*): text behind the image, one for all images or one for each; without it the image is
-                captioned. The model was not tuned to follow instructions.
+            question (`str` or `list`, *optional*): text behind the image, one for all images, one for each, or several about one
+                image; without it the image is captioned. The model was not tuned to follow instructions.
             prompt_ids (`list` or `torch.Tensor`, *optional*): ids in place of `question`.
             sample_tokens (`bool`, *optional*): draw which patches of the image are kept.
             max_new_tokens (`int`, *optional*): longest text.

@@ -21,7 +21,7 @@ from . import loading
 from .bpe import BPETokenizer
 from .conversation import IMAGE, conversation
 from .interleaved import InterleavedPipeline
-from .outputs import ARPipelineOutput
+from .outputs import ARPipelineOutput, ARTextOutput
 from .painting import PaintingPipeline, UnCLIPPainter
 
 __all__ = ["DiffusionPipeline", "SEEDLLaMAPipeline"]
@@ -150,6 +150,11 @@ class SEEDLLaMAPipeline(PaintingPipeline, InterleavedPipeline):
         generator = options.get("generator")
         self._painting_generator = generator if isinstance(generator, torch.Generator) else None
         return super().continue_prompts(*arguments, **options)
+
+    def ask(self, image: Any, question: Any = None, **options: Any) -> ARTextOutput:
+        """`describe`, by the name that all pipelines share that read; several questions may be about one image."""
+        several = isinstance(question, (list, tuple)) and not isinstance(image, (list, tuple))
+        return self.describe([image] * len(question) if several else image, question, **options)  # type: ignore[return-value]
 
     # ------------------------------------------------------------------ images
 

@@ -92,6 +92,8 @@ def test_seed_draws_codes_one_image_like_in_a_batch(seed):
 def test_seed_describes_and_converses(seed):
     texts = seed.describe([picture(0), picture(1)], "what is this?", max_new_tokens=4, temperature=0.0).texts
     assert texts[1] == seed.describe(picture(1), "what is this?", max_new_tokens=4, temperature=0.0).texts[0]
+    asked = seed.ask(picture(1), ["what is this?", "a"], max_new_tokens=4, temperature=0.0).texts
+    assert len(asked) == 2 and asked[0] == texts[1]
     answer = seed.converse(["a", "b", [picture(), "what is this?"]], max_new_tokens=16, generator=generator(0))
     assert all(isinstance(part, (str, Codes)) for part in answer.contents[0])
     ids = seed.encode_turns(["a"]) + seed.block.write(torch.arange(5), (1, 5))
@@ -191,6 +193,7 @@ def test_lavit_reads_as_many_features_as_an_image_needs(lavit):
         assert reading.ids[first - 1] == lavit.begin_image and reading.ids[last] == lavit.end_image
     texts = lavit.describe([picture(0), picture(1)], ["what is this?", "a"]).texts
     assert texts[1] == lavit.ask(picture(1), "a").texts[0]
+    assert lavit.ask(picture(1), ["what is this?", "a"]).texts[1] == texts[1]
     beams = lavit.describe(picture(), search=BeamSearch(num_beams=2)).texts
     assert len(beams) == 1
     assert lavit.describe(picture(), temperature=1.0, sample_tokens=True, generator=generator(1)).texts == (
