@@ -26,10 +26,12 @@ FAMILY_PIPELINES: dict[str, tuple[str, str]] = {
     "himar": ("pipelines.himar", "HiMARPipeline"),
     "lumina_mgpt": ("pipelines.lumina_mgpt", "LuminaMGPTPipeline"),
     "ming_univision": ("pipelines.ming_univision", "MingUniVisionPipeline"),
+    "lavit": ("pipelines.lavit", "LaVITPipeline"),
     "mar": ("pipelines.mar", "MARPipeline"),
     "nar": ("pipelines.nar", "NARPipeline"),
     "par": ("pipelines.par", "PARPipeline"),
     "pure": ("pipelines.pure", "PUREPipeline"),
+    "seed": ("pipelines.seed_llama", "SEEDLLaMAPipeline"),
     "var": ("pipelines.var", "VARPipeline"),
     "xar": ("pipelines.xar", "XARPipeline"),
     "flowar": ("pipelines.flowar", "FlowARPipeline"),
@@ -80,6 +82,8 @@ def published_pipeline(name: str, *, config: dict[str, Any] | None = None, **kwa
             f"{entry.name} is a tokenizer, not a generator; use `armm.convert.convert({entry.family!r}, path)` for the tokenizer alone"
             + (f", or one of the models that use it: {', '.join(users)}." if users else ".")
         )
+    if entry.is_restricted:
+        logger.warning("%s is under a licence with restrictions: %s", entry.name, entry.licence)
     options = {key: kwargs.pop(key) for key in _HUB_OPTIONS if key in kwargs}
     file, tokenizer_file = (
         None if part is None else fetch(part.repo, part.file, **options) if part.file else fetch_snapshot(part.repo, **options)

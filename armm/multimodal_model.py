@@ -39,7 +39,8 @@ class MultimodalModel(TrunkModel):
         transformer: keyword arguments of `ARTransformer`, with one rotary axis.
         codes: None for a model that does not draw, or {"size": codes, "dim": width of their embedding, "depth": layers of the
             projector behind it, "head": arguments of a head, see `armm.heads.HEADS`}.
-        features: None, or {"dim": width of the features, "depth": layers of their projector}.
+        features: None, or {"dim": width of the features, "depth": layers of their projector}; 0 layers for features that were made for
+            this model, as wide as its tokens (LaVIT, arXiv 2309.04669).
         latents: None, or {"channels": width of a latent, "dim": width of what the head sees of a hidden state (a linear layer and a layer
             norm), "head": arguments of a head, see `build_diffusion_head`}.
         image_route: in a trunk of experts, the router of features in a prompt; words and tokens that are drawn have router 0.
@@ -98,7 +99,11 @@ class MultimodalModel(TrunkModel):
             options = {"depth": 2, **features}
             if set(options) != {"dim", "depth"}:
                 raise ValueError(f"features takes dim and depth, got {sorted(features)}")
-            self.feature_projection = Projector(options["dim"], dim, options["depth"])
+            if not options["depth"] and options["dim"] != dim:
+                raise ValueError(f"features without projector must be {dim} wide, as tokens are, got dim={options['dim']}")
+            self.feature_projection = (
+                Projector(options["dim"], dim, options["depth"]) if options["depth"] else nn.Identity()
+            )
         self.latent_channels = 0
         self.latent_projection = self.latent_norm = self.latent_head = None
         if latents is not None:
@@ -199,7 +204,8 @@ class MultimodalModel(TrunkModel):
         if features is not None:
             if self.feature_projection is None:
                 raise ValueError("this model does not read images: it has no projector of features")
-            weight = self.feature_projection.layers[0].weight
+            projected = isinstance(self.feature_projection, Projector)
+            weight = self.feature_projection.layers[0].weight if projected else self.token_embedding.weight
             tokens = self.feature_projection(features.to(device=weight.device, dtype=weight.dtype)).flatten(0, -2)
             places = int(image_mask.sum())
             if places != len(tokens):

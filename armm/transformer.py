@@ -40,7 +40,8 @@ class ARTransformer(ModelMixin, ConfigMixin):
             block, of the gated kind `mlp`; `mlp_hidden` is then not used.
         mlp_bias, qkv_bias, out_bias: which linear layers have biases.
         norm: "rms" or "layer", with norm_eps; norm_affine=False has no weights in the blocks (the final norm has).
-        norm_placement: "input" of the two branches of a block, or their "output" before it is added (Swin v2, arXiv 2111.09883).
+        norm_placement: "input" of the two branches of a block, their "output" before it is added (Swin v2, arXiv 2111.09883), or
+            the "residual" sum behind it (the first transformers, arXiv 1706.03762).
         first_norm: False leaves out the norm before the first block's attention (EAGLE's drafters).
         final_norm: normalise the output. Taps have a final norm each as well. input_norm: normalise the input, positions
             included.

@@ -44,6 +44,12 @@ class ZooEntry:
     config: dict[str, Any] = field(default_factory=dict)
     paper: str = ""
 
+    @property
+    def is_restricted(self) -> bool:
+        """Whether the licence limits what the weights may be used for."""
+        licence = self.licence.lower()
+        return any(word in licence for word in ("non-commercial", "community", "research", "use policy"))
+
 
 _LLAMAGEN: dict[str, Any] = {
     "family": "llamagen",
@@ -433,7 +439,60 @@ _CHAMELEON_ENTRIES = (
         paper="2503.11073",
     ),
 )
-_ALL = (*_ENTRIES, *_ELM_ENTRIES, *_CONTINUOUS_ENTRIES, *_CHAMELEON_ENTRIES, *_JANUS_ENTRIES, *_MING_ENTRIES, *_ATOKEN_ENTRIES)
+_SEED: dict[str, Any] = {"family": "seed", "paper": "2310.01218"}
+
+
+def _seed(name: str, parameters: float, **config: Any) -> ZooEntry:
+    return ZooEntry(
+        f"seed-llama-{name}",
+        task="text-and-image",
+        repo=f"AILab-CVC/seed-llama-{name}",
+        file="",
+        parameters=parameters,
+        licence="Apache-2.0 (code); Llama 2 licence (weights)",
+        image_size=768,
+        tokenizer="seed-tokenizer-2",
+        generation_config={"temperature": 1.0, "text_top_k": 50, "text_top_p": 0.5, "max_new_tokens": 512},
+        config=config,
+        **_SEED,
+    )
+
+
+_SEMANTIC_ENTRIES = (
+    ZooEntry(
+        "seed-tokenizer-2",
+        task="tokenizer",
+        repo="AILab-CVC/seed-tokenizer-2",
+        file="",
+        parameters=1121.7,
+        licence="Apache-2.0",
+        **_SEED,
+    ),
+    _seed("8b-pretrain", 6806),
+    _seed("8b-sft", 6806),
+    _seed("14b-pretrain", 13100, template="llama2"),
+    _seed("14b-sft", 13100, template="llama2"),
+    ZooEntry(
+        "lavit-7b-v2",
+        family="lavit",
+        task="text-and-image",
+        repo="rain1011/LaVIT-7B-v2",
+        file="",
+        parameters=6873,
+        licence="LaVIT Community License (attribution; outputs must not improve other language models; use policy)",
+        image_size=1024,
+        generation_config={
+            "guidance_scale": 4.0, "temperature": 1.0, "top_k": 50, "min_image_tokens": 20, "max_image_tokens": 200,
+            "sample_tokens": True,
+        },
+        figures={"FID COCO": 7.1, "CIDEr COCO": 133.3, "CIDEr NoCaps": 112.0, "VQAv2": 68.3, "GQA": 47.9},
+        paper="2309.04669",
+    ),
+)  # fmt: skip
+_ALL = (
+    *_ENTRIES, *_ELM_ENTRIES, *_CONTINUOUS_ENTRIES, *_CHAMELEON_ENTRIES, *_JANUS_ENTRIES,
+    *_MING_ENTRIES, *_ATOKEN_ENTRIES, *_SEMANTIC_ENTRIES,
+)  # fmt: skip
 ZOO: dict[str, ZooEntry] = {entry.name: entry for entry in _ALL}
 
 

@@ -130,7 +130,7 @@ class InterleavedBase(ARPipeline):
         weight = next(self.tokenizer.parameters())
         pixels = to_pixels(self.prepare_image(on_white(picture(image)))).to(self._execution_device, weight.dtype)
         codes = self.tokenizer.encode(pixels)
-        return self.block.write(codes.ids[0].cpu(), codes.grid[1:])
+        return self.block.write(codes.ids[0].cpu(), codes.grid[1:] if codes.grid else (1, codes.num_tokens))
 
     def decode_image(self, codes: torch.Tensor, grid: tuple[int, int]) -> PIL.Image.Image:
         """The picture of the codes [h * w] of one image."""

@@ -395,5 +395,5 @@ def test_the_zoo_has_the_family():
     assert armm.zoo.get("lumina-mgpt-7b-768").repo == "Alpha-VLLM/Lumina-mGPT-7B-768"
     for name in armm.list_models(task="text-and-image"):
         entry = armm.zoo.get(name)
-        assert entry.family in ("janus", "ming_univision") or "Chameleon Research License" in entry.licence
+        assert entry.family in ("janus", "lavit", "ming_univision", "seed") or "Chameleon Research License" in entry.licence
     assert armm.zoo.get("pure").tokenizer == "llamagen-vq-ds8-c2i"

@@ -71,7 +71,7 @@ def test_entries_are_complete():
         module, class_name = FAMILY_PIPELINES[entry.family]
         pipeline_class = getattr(importlib.import_module(module), class_name)
         assert set(entry.generation_config) <= set(pipeline_class.generation_settings)
-        if entry.family in ("janus", "ming_univision"):
+        if entry.family in ("janus", "lavit", "ming_univision"):
             assert not entry.file and entry.tokenizer is None  # the repository holds all of it
         elif entry.task != "tokenizer":
             assert zoo.get(entry.tokenizer).task == "tokenizer"

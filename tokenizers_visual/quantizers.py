@@ -69,7 +69,7 @@ class VectorQuantizer(nn.Module):
         with torch.autocast(vectors.device.type, enabled=False):
             logits = vectors @ self.codebook().transpose(0, 1) / temperature
         # argmax(p / exponential noise), in logarithms
-        return (logits - _exponential_noise(logits.shape, generator, logits.device).log()).argmax(-1)
+        return (logits - exponential_noise(logits.shape, generator, logits.device).log()).argmax(-1)
 
     def forward(self, vectors: torch.Tensor, ids: torch.Tensor | None = None) -> Quantized:
         """Quantizes `vectors` `[B, N, C]` to the nearest codes, or to the codes `ids` `[B, N]`."""
@@ -88,7 +88,7 @@ class VectorQuantizer(nn.Module):
         return self.normalize(F.embedding(ids, self.embedding.weight))
 
 
-def _exponential_noise(shape: torch.Size, generator: Generators, device: torch.device) -> torch.Tensor:
+def exponential_noise(shape: torch.Size, generator: Generators, device: torch.device) -> torch.Tensor:
     """Positive noise of `shape` [B, ...] on `device`, made where the generators are."""
     if generator is None or isinstance(generator, torch.Generator):
         generators: Sequence[torch.Generator | None] = [generator]

@@ -15,7 +15,7 @@ __all__ = ["ConfigMixin", "ModelMixin", "VisionEncoder"]
 
 
 class VisionEncoder(ModelMixin, ConfigMixin):
-    """Pixels -> one feature for each patch: pre-norm blocks, learned positions, no class token, a final norm.
+    """Pixels -> one feature for each patch: pre-norm blocks, learned positions, a final norm.
 
     Args:
         image_size: side of the square images in pixels.
@@ -25,6 +25,8 @@ class VisionEncoder(ModelMixin, ConfigMixin):
         norm_eps: of all norms.
         image_mean, image_std: of the channels; pixels in [0, 1] are normalised by them.
         min_size: shortest side that preparing an image may give it, in pixels.
+        class_token: whether a learned token with a position of its own stands before the patches and has a feature too.
+        final_norm: whether features are normalised behind the last block.
     """
 
     _supports_gradient_checkpointing = False
@@ -44,6 +46,8 @@ class VisionEncoder(ModelMixin, ConfigMixin):
         image_mean: Sequence[float] = (0.5, 0.5, 0.5),
         image_std: Sequence[float] = (0.5, 0.5, 0.5),
         min_size: int = 14,
+        class_token: bool = False,
+        final_norm: bool = True,
     ) -> None:
         super().__init__()
         from timm.models.vision_transformer import VisionTransformer
@@ -61,7 +65,8 @@ class VisionEncoder(ModelMixin, ConfigMixin):
             num_heads=num_heads,
             # timm truncates dim * mlp_ratio: aim at the middle of the interval that gives the width
             mlp_ratio=((4 * dim if mlp_hidden is None else mlp_hidden) + 0.5) / dim,
-            class_token=False,
+            class_token=class_token,
+            final_norm=final_norm,
             global_pool="",
             num_classes=0,
             norm_layer=partial(nn.LayerNorm, eps=norm_eps),
@@ -79,12 +84,13 @@ class VisionEncoder(ModelMixin, ConfigMixin):
 
     @property
     def num_tokens(self) -> int:
-        """Features of an image."""
-        return self.grid[0] * self.grid[1]
+        """Features of an image, that of the class token among them."""
+        return self.grid[0] * self.grid[1] + int(self.config.class_token)
 
     @apply_forward_hook
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Normalised pixels [B, 3, S, S] -> features [B, N, dim] of the patches in raster order."""
+        """Normalised pixels [B, 3, S, S] -> features [B, N, dim] of the class token, where there is one, and the patches in raster
+        order."""
         size = self.image_size
         if pixels.ndim != 4 or tuple(pixels.shape[1:]) != (3, size, size):
             raise ValueError(f"`pixels` must be [B, 3, {size}, {size}], got {tuple(pixels.shape)}.")

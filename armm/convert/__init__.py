@@ -28,6 +28,7 @@ FAMILIES: dict[str, str] = {
     "himar": "armm.convert.himar",
     "kl": "armm.convert.kl",
     "larp": "armm.convert.larp",
+    "lavit": "armm.convert.lavit",
     "llamagen": "armm.convert.llamagen",
     "lumina_mgpt": "armm.convert.lumina_mgpt",
     "mar": "armm.convert.mar",
@@ -36,6 +37,7 @@ FAMILIES: dict[str, str] = {
     "nar": "armm.convert.nar",
     "par": "armm.convert.par",
     "pure": "armm.convert.pure",
+    "seed": "armm.convert.seed",
     "var": "armm.convert.var",
     "xar": "armm.convert.xar",
 }

@@ -45,6 +45,13 @@ def split_thirds(tensor: torch.Tensor, context: Mapping[str, Any]) -> tuple[torc
     return tensor.chunk(3, dim=0)
 
 
+def first_row(tensor: torch.Tensor, context: Mapping[str, Any]) -> torch.Tensor:
+    """Learned tokens [1, N, D] as [N, D]."""
+    if tensor.ndim != 3 or tensor.shape[0] != 1:
+        raise CheckpointShapeError(f"expected [1, tokens, width], got {tuple(tensor.shape)}")
+    return tensor[0]
+
+
 @dataclass(frozen=True)
 class Rule:
     """One rule.

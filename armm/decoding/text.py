@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from armm.condition import Condition
-from armm.decoding.base import StepCallback, TokenStream, vocabulary_range, wake
+from armm.condition import Condition, concatenate
+from armm.decoding.base import StepCallback, TokenStream, check_guided, vocabulary_range, wake
+from armm.decoding.guidance import Guidance
 from armm.decoding.sampling import NoiseSource, Sampler
 
 if TYPE_CHECKING:
@@ -52,6 +53,9 @@ def stream_text(
     check_every: int = 8,
     pruning: VisualPruning | None = None,
     images: Sequence[tuple[int, int]] = (),
+    null_condition: Condition | None = None,
+    guidance: Guidance | None = None,
+    min_tokens: int = 0,
 ) -> Generator[Tensor, None, TextOutput]:
     """After each token, the ids so far [B, step + 1]; at the end a `TextOutput`.
 
@@ -64,18 +68,25 @@ def stream_text(
     result included, are ids of the whole vocabulary. Whether every row has stopped is looked up every `check_every`
     tokens only. last_ids: further ids that end a row; unlike the stop token they are part of the text. pruning:
     drops image tokens on the way; the prefix is then one row, and images are the (first, behind the last) of its image tokens.
+    null_condition: rows with position ids that stand for "no condition", needed with active guidance. min_tokens: the stop
+    token is not said before.
     """
     if isinstance(ids, Tensor) and (ids.dim() != 2 or ids.shape[1] == 0):
         raise ValueError(f"ids must be [batch, tokens] with at least one token, got shape {tuple(ids.shape)}")
     if max_tokens < 1:
         raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
+    if not 0 <= min_tokens <= max_tokens:
+        raise ValueError(f"min_tokens must lie between 0 and max_tokens={max_tokens}, got {min_tokens}")
     wake(model)
     sampler = sampler or Sampler(do_sample=False)
     low, high = vocabulary_range(model, vocabulary)
     if not low <= stop_id < high:
         raise ValueError(f"stop_id must be one of the ids that may be said, {low} .. {high - 1}, got {stop_id}")
     prefix = ids if isinstance(ids, Condition) else _prefix(model, ids, index, mask, grid)
-    batch, device, index = prefix.batch, prefix.embeds.device, prefix.index
+    batch, device = prefix.batch, prefix.embeds.device
+    guided = check_guided(guidance, prefix, null_condition)
+    rows = concatenate([prefix, null_condition]) if guided and null_condition is not None else prefix
+    index = rows.index
     if index is None:
         raise ValueError("a Condition to continue needs position ids: give its index")
     following = index[..., -1:] + torch.arange(1, max_tokens, device=device)
@@ -85,11 +96,11 @@ def stream_text(
 
     run = None
     if pruning is not None:
-        if batch != 1:
-            raise ValueError(f"image tokens are dropped from one prompt at a time, got {batch} rows")
+        if rows.batch != 1:
+            raise ValueError(f"image tokens are dropped from one prompt at a time, without guidance, got {rows.batch} rows")
         run = pruning.begin(model, prefix, images, following.expand(1, -1), grid)
     tables = (model.positions_for(positions, grid) for positions in (index, following))
-    stream = TokenStream(model, prefix, *tables, hook=run)
+    stream = TokenStream(model, rows, *tables, hook=run)
     out = torch.full((batch, max_tokens), stop_id, dtype=torch.long, device=device)
     finished = torch.zeros(batch, dtype=torch.bool, device=device)
     lasts = torch.tensor(list(last_ids), dtype=torch.long, device=device)
@@ -97,8 +108,13 @@ def stream_text(
     for step in range(max_tokens):
         if interrupt is not None and interrupt():
             break
-        hidden = stream.prefill() if step == 0 else stream.feed(token, step - 1)
+        fed = torch.cat([token, token]) if guided else token
+        hidden = stream.prefill() if step == 0 else stream.feed(fed, step - 1)
         logits = model.logits(hidden, low=low, high=high)
+        if guided and guidance is not None:
+            logits = guidance.combine(logits, step, max_tokens)
+        if step < min_tokens:
+            logits[:, stop_id - low] = float("-inf")
         token = sampler(logits, noise.draw(step) if sampler.do_sample else None) + low
         token = token.masked_fill(finished, stop_id)
         out[:, step] = token

@@ -10,6 +10,7 @@ from armm.nn.attention import (
     check_backend,
     current_backend,
     record_attention,
+    smoothed_weights,
 )
 from armm.nn.block import Attention, Block, BlockConfig
 from armm.nn.bridge import Bridge
@@ -89,6 +90,7 @@ __all__ = [
     "rms_norm",
     "rotary_table",
     "sincos_table",
+    "smoothed_weights",
     "unified_layout",
     "video_sincos_table",
 ]

@@ -93,6 +93,31 @@ def attention_weights(
     return scores.softmax(-1)
 
 
+def smoothed_weights(
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    smoothing: float,
+    causal: bool = False,
+    scale: float | None = None,
+) -> Tensor:
+    """Probabilities float32 [B, H, Nq, Nk] of a softmax behind which the mask comes: with e = exp(logit - largest logit of all keys),
+    (mask * e + smoothing / Nk) / (sum of mask * e + smoothing). A query that sees nothing looks everywhere alike. This is attention
+    under a token selection (DynamicViT, Rao et al., arXiv 2106.02034, equation 11). Arguments as of `attention`.
+    """
+    if mask is not None and mask.dtype != torch.bool:
+        raise ValueError(f"attention with smoothing needs a boolean mask, got {mask.dtype}")
+    key, _ = _repeat_heads(query, key, key)
+    scores = query.float() @ key.float().transpose(-1, -2)
+    scores = scores * (query.shape[-1] ** -0.5 if scale is None else scale)
+    scores = (scores - scores.amax(-1, keepdim=True)).exp()
+    if mask is not None:
+        scores = scores * mask
+    if causal:
+        scores = scores * causal_mask(scores.shape[-2], scores.shape[-1], scores.device)
+    return (scores + smoothing / scores.shape[-1]) / (scores.sum(-1, keepdim=True) + smoothing)
+
+
 def _reference(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float | None
 ) -> Tensor:
@@ -172,13 +197,21 @@ def attention(
     scale: float | None = None,
     backend: str | None = None,
     layer: int | None = None,
+    smoothing: float = 0.0,
 ) -> Tensor:
     """Scaled dot-product attention of `query` [B, H, Nq, d] over `key`, `value` [B, Hkv, Nk, d] -> [B, H, Nq, d].
 
     `mask` (bool, True = may look, or additive) broadcasts to [B, H, Nq, Nk]. `causal` means the queries are the last Nq
     of the keys' positions. Hkv divides H. `scale` defaults to d ** -0.5.
     `layer`: under which number `record_attention` keeps the probabilities.
+    `smoothing`: with it, keys that the boolean `mask` hides keep a little weight, see `smoothed_weights`.
     """
+    if smoothing:
+        weights = smoothed_weights(query, key, mask, smoothing, causal, scale)
+        record = _record.get()
+        if record is not None and layer is not None and record.wants(layer):
+            record[layer].append(weights)
+        return _weighted(weights, query, value)
     if causal:
         if query.shape[2] == 1:
             causal = False

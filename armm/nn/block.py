@@ -29,7 +29,10 @@ Observer: TypeAlias = "Callable[[str, Tensor, Tensor], None]"
 
 @dataclass(frozen=True)
 class BlockConfig:
-    """What a block needs to know; see `ARTransformer` for the meaning of each entry."""
+    """What a block needs to know; see `ARTransformer` for the meaning of each entry.
+
+    normalize_context: whether each block has a norm of its own for the context. mask_smoothing: see `attention`.
+    """
 
     dim: int
     num_heads: int
@@ -54,6 +57,8 @@ class BlockConfig:
     dropout: float = 0.0
     context_dim: int | None = None
     experts: dict[str, int] | None = None  # arguments of `MixtureOfExperts`: count, active, hidden, shared, routers
+    normalize_context: bool = True
+    mask_smoothing: float = 0.0
 
 
 class Attention(nn.Module):
@@ -73,6 +78,7 @@ class Attention(nn.Module):
         self.to_out = nn.Linear(self.heads * head_dim, dim, bias=config.out_bias)
         self.qk_norm = config.qk_norm
         self.scale = config.attention_scale
+        self.smoothing = config.mask_smoothing
         if config.qk_norm == "rms":
             self.query_norm = RMSNorm(head_dim, config.qk_norm_eps)
             self.key_norm = RMSNorm(head_dim, config.qk_norm_eps)
@@ -126,7 +132,8 @@ class Attention(nn.Module):
         if cache is not None:
             key, value = cache.append(layer, key, value, discard)
         number = layer if context is None else None  # what is recorded is attention of a sequence on itself
-        out = attention(query, key, value, mask=mask, causal=causal, scale=self.scale, backend=backend, layer=number)
+        options: dict[str, Any] = {"scale": self.scale, "backend": backend, "layer": number, "smoothing": self.smoothing}
+        out = attention(query, key, value, mask=mask, causal=causal, **options)
         return self.to_out(out.transpose(1, 2).reshape(*x.shape[:2], -1))
 
 
@@ -258,7 +265,8 @@ def _fast_norm(norm: nn.Module) -> Callable[[Tensor], Tensor]:
 class Block(nn.Module):
     """x += attention(norm(x)); x += mlp(norm(x)); with modulation, the norms are shifted and scaled, the branches
     gated. With a context, x += cross_attention(norm(x), norm(context)) between the two, never modulated.
-    With norm_placement "output" it is x += norm(attention(x)); x += norm(mlp(x)).
+    With norm_placement "output" it is x += norm(attention(x)); x += norm(mlp(x)), with "residual" it is x = norm(x + attention(x)) and
+    so on for each branch.
     """
 
     def __init__(self, config: BlockConfig) -> None:
@@ -268,7 +276,9 @@ class Block(nn.Module):
         self.cross_attention = None
         if config.context_dim is not None:
             self.cross_norm = build_norm(config.norm, config.dim, config.norm_eps)
-            self.context_norm = build_norm(config.norm, config.context_dim, config.norm_eps)
+            self.context_norm = (
+                build_norm(config.norm, config.context_dim, config.norm_eps) if config.normalize_context else nn.Identity()
+            )
             self.cross_attention = Attention(config, config.context_dim)
         self.mlp_norm = build_norm(config.norm, config.dim, config.norm_eps, config.norm_affine)
         self.mlp: nn.Module
@@ -285,11 +295,14 @@ class Block(nn.Module):
                 config.modulation_order,
                 config.modulation_tasks,
             )
-        if config.norm_placement not in ("input", "output"):
-            raise ValueError(f"norm_placement must be 'input' or 'output', got {config.norm_placement!r}")
+        if config.norm_placement not in ("input", "output", "residual"):
+            raise ValueError(f"norm_placement must be 'input', 'output' or 'residual', got {config.norm_placement!r}")
         if config.norm_placement == "output" and (config.modulation is not None or config.context_dim is not None):
             raise ValueError("norm_placement='output' has no modulation and no context: leave them out, or use 'input'")
+        if config.norm_placement == "residual" and config.modulation is not None:
+            raise ValueError("norm_placement='residual' has no modulation: leave it out, or use 'input'")
         self.norms_output = config.norm_placement == "output"
+        self.norms_residual = config.norm_placement == "residual"
         self.dropout = config.dropout
         self._fused: FusedBlock | None = None
 
@@ -309,9 +322,10 @@ class Block(nn.Module):
         observe: Observer | None = None,
         repeated: bool = False,
         routes: Tensor | None = None,
+        context_mask: Tensor | None = None,
     ) -> Tensor:
-        """`x` [B, N, D] -> [B, N, D]; `condition` feeds the modulation, `observe` is shown what goes into and comes out of both
-        branches, the rest is as in `ARTransformer.forward`."""
+        """`x` [B, N, D] -> [B, N, D]; `condition` feeds the modulation, `context_mask` says which tokens of the context may be looked
+        at, `observe` is shown what goes into and comes out of both branches, the rest is as in `ARTransformer.forward`."""
         if observe is not None:
             return self._observed(x, rotary, mask, causal, cache, layer, discard, backend, observe, routes)
         if self._fused is not None and not torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type):
@@ -320,14 +334,21 @@ class Block(nn.Module):
             branch = self.attention(x, rotary, mask, causal, cache, layer, discard, backend)
             x = x + F.dropout(self.attention_norm(branch), self.dropout, self.training)
             return x + F.dropout(self.mlp_norm(self.feed_forward(x, routes)), self.dropout, self.training)
+        if self.norms_residual:
+            branch = self.attention(x, rotary, mask, causal, cache, layer, discard, backend)
+            x = self.attention_norm(x + F.dropout(branch, self.dropout, self.training))
+            x = self.cross(x, context, rotary, layer, backend, context_mask)
+            return self.mlp_norm(x + F.dropout(self.feed_forward(x, routes), self.dropout, self.training))
         if self.modulation is None:
             branch = self.attention(self.attention_norm(x), rotary, mask, causal, cache, layer, discard, backend)
-            x = self.cross(x + F.dropout(branch, self.dropout, self.training), context, rotary, layer, backend)
+            x = x + F.dropout(branch, self.dropout, self.training)
+            x = self.cross(x, context, rotary, layer, backend, context_mask)
             return x + F.dropout(self.feed_forward(self.mlp_norm(x), routes), self.dropout, self.training)
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition, segments)
         h = modulate(self.attention_norm(x), shift1, scale1)
         branch = self.attention(h, rotary, mask, causal, cache, layer, discard, backend)
-        x = self.cross(x + gate1 * F.dropout(branch, self.dropout, self.training), context, rotary, layer, backend)
+        x = x + gate1 * F.dropout(branch, self.dropout, self.training)
+        x = self.cross(x, context, rotary, layer, backend, context_mask)
         h = modulate(self.mlp_norm(x), shift2, scale2)
         return x + gate2 * F.dropout(self.feed_forward(h, routes), self.dropout, self.training)
 
@@ -336,7 +357,7 @@ class Block(nn.Module):
         return self.mlp(x) if routes is None else self.mlp(x, routes)
 
     def _observed(self, x: Tensor, *arguments: Any) -> Tensor:
-        if self.modulation is not None or self.cross_attention is not None or self.norms_output:
+        if self.modulation is not None or self.cross_attention is not None or self.norms_output or self.norms_residual:
             raise ValueError("blocks with modulation, cross-attention or norms behind their branches cannot be observed")
         *rest, observe, routes = arguments
         h = self.attention_norm(x)
@@ -349,14 +370,21 @@ class Block(nn.Module):
         return x + branch
 
     def cross(
-        self, x: Tensor, context: Tensor | None, rotary: Tensor | None, layer: int, backend: str | None
+        self,
+        x: Tensor,
+        context: Tensor | None,
+        rotary: Tensor | None,
+        layer: int,
+        backend: str | None,
+        mask: Tensor | None = None,
     ) -> Tensor:
         """x plus what it sees of the context [B, N, C], whose tokens stand at the positions of those of x."""
         if self.cross_attention is None:
             return x
-        h, context = self.cross_norm(x), self.context_norm(context)
-        branch = self.cross_attention(h, rotary, None, False, None, layer, 0, backend, context)
-        return x + F.dropout(branch, self.dropout, self.training)
+        h, context = x if self.norms_residual else self.cross_norm(x), self.context_norm(context)
+        branch = self.cross_attention(h, rotary, mask, False, None, layer, 0, backend, context)
+        x = x + F.dropout(branch, self.dropout, self.training)
+        return self.cross_norm(x) if self.norms_residual else x
 
     # Fusing. The merged weights are dropped whenever the parameters may change under them.
 
@@ -372,7 +400,7 @@ class Block(nn.Module):
         if self._fused is not None:
             return True
         groups = self._merged_groups()
-        if self.modulation is not None or self.cross_attention is not None:
+        if self.modulation is not None or self.cross_attention is not None or self.norms_residual:
             return False
         if self.training or not all(is_plain(m) for group in groups for m in group):
             return False

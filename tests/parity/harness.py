@@ -59,8 +59,8 @@ class Case:
         return found
 
 
-def cases(family: str, kind: str) -> list[Any]:
-    """The cases of `family` whose config says `kind`, as pytest parameters."""
+def cases(family: str, kind: str | None = None) -> list[Any]:
+    """The cases of `family` whose config says `kind` (None: says none), as pytest parameters."""
     folder = parity_root() / family
     found = [Case(path.parent) for path in sorted(folder.rglob("config.json"))]
     return [
