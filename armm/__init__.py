@@ -34,6 +34,7 @@ PUBLIC_NAMES: dict[str, str] = {
     "LlamaGenPipeline": "pipelines.llamagen",
     "JanusPipeline": "pipelines.janus",
     "MingUniVisionPipeline": "pipelines.ming_univision",
+    "DARPipeline": "pipelines.dar",
     "ELMPipeline": "pipelines.elm",
     "HiMARPipeline": "pipelines.himar",
     "MARPipeline": "pipelines.mar",
@@ -102,6 +103,9 @@ PUBLIC_NAMES: dict[str, str] = {
     # tokenizers
     "Codes": "tokenizers_visual.codes",
     "VisualTokenizer": "tokenizers_visual.base",
+    "DARTokenizer": "tokenizers_visual.dar",
+    "DepthVQTokenizer": "tokenizers_visual.depth",
+    "DualTokenTokenizer": "tokenizers_visual.dualtoken",
     "KLTokenizer": "tokenizers_visual.kl_tokenizer",
     "ATokenTokenizer": "tokenizers_visual.atoken",
     "MingTokTokenizer": "tokenizers_visual.mingtok",

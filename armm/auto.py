@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 FAMILY_PIPELINES: dict[str, tuple[str, str]] = {
     "llamagen": ("pipelines.llamagen", "LlamaGenPipeline"),
     "chameleon": ("pipelines.chameleon", "ChameleonPipeline"),
+    "dar": ("pipelines.dar", "DARPipeline"),
     "elm": ("pipelines.elm", "ELMPipeline"),
     "janus": ("pipelines.janus", "JanusPipeline"),
     "himar": ("pipelines.himar", "HiMARPipeline"),

@@ -56,6 +56,7 @@ class AutoregressiveModel(TrunkModel):
             rotary row, as does a condition repeated K times).
         mask_token: the embedding has one more row, `mask_id`, for what is not known yet.
         causal: whether a token sees only what came before it; masked models see everything.
+        rotary_condition: condition tokens have places in the sequence like all others, and so rotary turns; for one rotary axis.
         max_positions: length of the longest sequence of a model whose ids follow each other in any order, 0 for the others.
     """
 
@@ -79,6 +80,7 @@ class AutoregressiveModel(TrunkModel):
         mask_token: bool = False,
         causal: bool = True,
         max_positions: int = 0,
+        rotary_condition: bool = False,
     ) -> None:
         super().__init__()
         if not isinstance(vocab_size, int) or vocab_size < 1:
@@ -90,6 +92,7 @@ class AutoregressiveModel(TrunkModel):
         if max_positions and (condition is not None or text_slots or answer_slots or shuffle is not None):
             raise ValueError("max_positions is for models without condition, text_slots, answer_slots and shuffle")
         self.max_positions = max_positions
+        self.rotary_condition = rotary_condition
         self.sub_codes, self.sub_code_layout = sub_codes, sub_code_layout
         self._check_sub_codes(condition, mask_token)
         stacked = sub_codes if sub_code_layout == "stacked" else 1
@@ -107,6 +110,11 @@ class AutoregressiveModel(TrunkModel):
         self.head = build_head(head, dim, stacked * vocab_size, head_bias)
         self.shuffle = None if shuffle is None else TokenShuffle(dim, **shuffle)
         self.transition_tokens = nn.Embedding(transition_tokens, dim) if transition_tokens else None
+        if rotary_condition and (len(self.trunk.rotary_axes) != 1 or condition is None or transition_tokens):
+            raise ValueError(
+                "rotary_condition is for models with a condition embedder, one rotary axis and no transition tokens, got rotary_axes="
+                f"{list(self.trunk.rotary_axes)}"
+            )
         if self.head.num_states != 1 + len(self.trunk.taps):
             raise ValueError(
                 f"this head reads {self.head.num_states} hidden states, but the trunk has {len(self.trunk.taps)} taps and its "
@@ -235,7 +243,8 @@ class AutoregressiveModel(TrunkModel):
                 f"this model needs 1 or {coordinates.shape[1]} rotary axes, its transformer has {axes}: rotary_axes="
                 f"{list(trunk.rotary_axes)}"
             )
-        return rotary_table(coordinates, trunk.rotary_axes, trunk.rotary_theta, layout.zero, trunk.rotary_layout)
+        zero = None if self.rotary_condition else layout.zero
+        return rotary_table(coordinates, trunk.rotary_axes, trunk.rotary_theta, zero, trunk.rotary_layout)
 
     def image_index(
         self,

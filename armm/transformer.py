@@ -45,8 +45,9 @@ class ARTransformer(ModelMixin, ConfigMixin):
         first_norm: False leaves out the norm before the first block's attention (EAGLE's drafters).
         final_norm: normalise the output. Taps have a final norm each as well. input_norm: normalise the input, positions
             included.
-        qk_norm: None, "rms" (weights over head_dim), "head_layer" (layer norm over head_dim, weights and biases for each
-            head), "head_rms" (unit root mean square, weights for each head) or "l2" (unit vectors and a learned scale a head).
+        qk_norm: None, "rms" (weights over head_dim), "layer" (layer norm over head_dim), "head_layer" (the same with weights and
+            biases for each head), "head_rms" (unit root mean square, weights for each head) or "l2" (unit vectors and a learned
+            scale a head).
         attention_scale: of the logits, default head_dim ** -0.5 (1 with "l2").
         rotary_axes: how many of the head's dimensions each position axis turns; they add up to head_dim. () = none.
         rotary_theta, rotary_layout: base of the frequencies; "interleaved" or "half_split" pairs.
@@ -123,8 +124,8 @@ class ARTransformer(ModelMixin, ConfigMixin):
             raise ValueError(f"rotary_axes must be even numbers, got {list(rotary_axes)}")
         if rotary_layout not in LAYOUTS:
             raise ValueError(f"rotary_layout must be one of {LAYOUTS}, got {rotary_layout!r}")
-        if qk_norm not in (None, "rms", "head_layer", "head_rms", "l2"):
-            raise ValueError(f"qk_norm must be None, 'rms', 'head_layer', 'head_rms' or 'l2', got {qk_norm!r}")
+        if qk_norm not in (None, "rms", "layer", "head_layer", "head_rms", "l2"):
+            raise ValueError(f"qk_norm must be None, 'rms', 'layer', 'head_layer', 'head_rms' or 'l2', got {qk_norm!r}")
         if experts is not None and mlp not in GATED:
             raise ValueError(f"experts are gated networks: mlp must be one of {sorted(GATED)}, got {mlp!r}")
         if (modulation == "tasks") != (modulation_tasks > 0):

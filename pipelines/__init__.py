@@ -12,6 +12,8 @@ _PUBLIC = {
     "ARRestorationOutput": "pipelines.outputs",
     "ARTextOutput": "pipelines.outputs",
     "ChameleonPipeline": "pipelines.chameleon",
+    "DARPipeline": "pipelines.dar",
+    "DARPipelineOutput": "pipelines.dar",
     "ELMPipeline": "pipelines.elm",
     "ARVideoOutput": "pipelines.outputs",
     "JanusPipeline": "pipelines.janus",

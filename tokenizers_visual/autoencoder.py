@@ -2,7 +2,7 @@
 
 Residual blocks with group norm, an attention block after each residual block of the lowest resolution, stride-2
 convolutions down (zero padding right and bottom) and nearest-neighbour upsampling. What varies between published
-tokenizers (widths, depths, attention, groups) are arguments.
+tokenizers (widths, depths, attention, groups) are arguments. `StridedEncoder` and `StridedDecoder` are the older kind without norms.
 """
 
 from __future__ import annotations
@@ -21,12 +21,15 @@ def _norm(channels: int, groups: int) -> nn.GroupNorm:
 
 
 class ResidualBlock(nn.Module):
-    """x + conv2(silu(norm2(conv1(silu(norm1(x)))))), with a 1x1 `shortcut` where the width changes."""
+    """x + conv2(silu(norm2(conv1(silu(norm1(x)))))), with a 1x1 `shortcut` where the width changes.
 
-    def __init__(self, in_channels: int, out_channels: int, norm_groups: int = 32) -> None:
+    first_kernel: side of the first convolution's kernel, odd.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, norm_groups: int = 32, first_kernel: int = 3) -> None:
         super().__init__()
         self.norm1 = _norm(in_channels, norm_groups)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, first_kernel, padding=first_kernel // 2)
         self.norm2 = _norm(out_channels, norm_groups)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
@@ -233,6 +236,66 @@ class ConvDecoder(nn.Module):
 def one_more(number: int | Sequence[int]) -> int | list[int]:
     """What decoders have by default: a residual block more than the encoder on every level."""
     return number + 1 if isinstance(number, int) else [value + 1 for value in number]
+
+
+class PlainResidualBlock(nn.Module):
+    """x + conv3(relu(conv2(relu(conv1(x))))), the last one 1x1; without norms."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv3 = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.conv3(F.relu(self.conv2(F.relu(self.conv1(x)))))
+
+
+class StridedEncoder(nn.Module):
+    """The encoder of the first VQ-VAEs (arXiv 1711.00937): 4x4 convolutions with stride 2 and ReLU, then residual blocks.
+
+    Pixels `[B, in_channels, H, W]` -> features `[B, z_channels, H/f, W/f]`, f = 2**levels. Level i is `base_channels * 2**i` wide.
+    """
+
+    def __init__(self, in_channels: int, base_channels: int, levels: int, num_res_blocks: int, z_channels: int) -> None:
+        super().__init__()
+        widths = [in_channels, *(base_channels * 2**level for level in range(levels))]
+        self.downsamples = nn.ModuleList(
+            nn.Conv2d(before, width, 4, stride=2, padding=1) for before, width in zip(widths, widths[1:], strict=False)
+        )
+        self.blocks = nn.ModuleList(PlainResidualBlock(widths[-1]) for _ in range(num_res_blocks))
+        self.conv_out = nn.Conv2d(widths[-1], z_channels, 1)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        x = pixels
+        for downsample in self.downsamples:
+            x = F.relu(downsample(x))
+        for block in self.blocks:
+            x = block(x)
+        return self.conv_out(x)
+
+
+class StridedDecoder(nn.Module):
+    """Features `[B, z_channels, h, w]` -> pixels `[B, out_channels, h*f, w*f]`: mirrors `StridedEncoder`, not clamped."""
+
+    def __init__(self, out_channels: int, base_channels: int, levels: int, num_res_blocks: int, z_channels: int) -> None:
+        super().__init__()
+        widths = [base_channels * 2**level for level in reversed(range(levels))]
+        self.conv_in = nn.Conv2d(z_channels, widths[0], 1)
+        self.blocks = nn.ModuleList(PlainResidualBlock(widths[0]) for _ in range(num_res_blocks))
+        self.upsamples = nn.ModuleList(
+            nn.ConvTranspose2d(before, width, 4, stride=2, padding=1)
+            for before, width in zip([widths[0], *widths], widths, strict=False)
+        )
+        self.conv_out = nn.Conv2d(widths[-1], out_channels, 1)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        x = F.relu(self.conv_in(features))
+        for block in self.blocks:
+            x = block(x)
+        for upsample in self.upsamples:
+            x = F.relu(upsample(x))
+        return self.conv_out(x)
 
 
 def _per_level(number: int | Sequence[int], levels: int) -> list[int]:

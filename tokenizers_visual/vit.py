@@ -20,13 +20,14 @@ class ViT(nn.Module):
         dim: width of a token; a multiple of `num_heads`.
         num_layers: blocks.
         num_heads: attention heads of each block.
-        mlp: kind of the feed-forward network: "gelu" (exact), "gelu_tanh", "swiglu" or "geglu".
+        mlp: kind of the feed-forward network: "gelu" (exact), "gelu_tanh", "silu", "swiglu" or "geglu".
         mlp_hidden: its inner width; None is 4 * dim.
         norm: "layer" or "rms".
         norm_eps: of the blocks' norms.
         qkv_bias: whether the projections to queries, keys and values have a bias; None: as `bias` says.
         bias: whether the other linear layers have one.
-        qk_norm: None, "rms", "head_rms" or "l2".
+        qk_norm: None, "rms", "layer", "head_rms" or "l2", with qk_norm_eps.
+        branch_scale: first value of a learned factor for each channel of both branches; None = no factors.
     """
 
     def __init__(
@@ -42,6 +43,8 @@ class ViT(nn.Module):
         qkv_bias: bool | None = None,
         bias: bool = True,
         qk_norm: str | None = None,
+        qk_norm_eps: float = 1e-6,
+        branch_scale: float | None = None,
     ) -> None:
         super().__init__()
         if min(dim, num_layers, num_heads) < 1 or dim % num_heads:
@@ -62,6 +65,8 @@ class ViT(nn.Module):
             qkv_bias=bias if qkv_bias is None else qkv_bias,
             out_bias=bias,
             qk_norm=qk_norm,
+            qk_norm_eps=qk_norm_eps,
+            branch_scale=branch_scale,
         )
         self.dim, self.num_heads = dim, num_heads
         self.blocks = nn.ModuleList(Block(config) for _ in range(num_layers))

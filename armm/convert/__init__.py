@@ -21,7 +21,10 @@ from .containers import (
 # Family -> the module with its `convert` and `load_single_file`.
 FAMILIES: dict[str, str] = {
     "atoken": "armm.convert.atoken",
+    "aurora": "armm.convert.aurora",
     "chameleon": "armm.convert.chameleon",
+    "dar": "armm.convert.dar",
+    "dualtoken": "armm.convert.dualtoken",
     "elm": "armm.convert.elm",
     "janus": "armm.convert.janus",
     "flowar": "armm.convert.flowar",

@@ -25,8 +25,17 @@ WEIGHT_KEYS = ("model", "module", "state_dict", "model_state_dict", "sd")
 EMA_KEYS = ("ema", "model_ema", "ema_state_dict", "ema_sd")
 # Wrappers add these in front of every name.
 WRAPPER_PREFIXES = ("module.", "_orig_mod.", "_fsdp_wrapped_module.")
-# Harmless classes found in published files. Everything else that is not a tensor or plain data is refused.
-ALLOWED_CLASSES = (argparse.Namespace,)
+
+
+class StoredOptions:
+    """Stands for a class of options of somebody's training code, which is a dictionary in disguise: `_data`."""
+
+    _data: Mapping[str, Any]
+
+
+# Harmless classes found in published files, some of them read as a class of ours. Everything else that is not a tensor or plain
+# data is refused.
+ALLOWED_CLASSES: tuple[Any, ...] = (argparse.Namespace, (StoredOptions, "config_util.Config"))
 # What torch's restricted unpickler says of objects that it would have to call or build.
 _RUNS_CODE = re.compile(
     r"(?:unsupported global:? (?:global )?(?P<name>[\w.]+))|unrecognized function|can only create new object|can only build tensor"
@@ -80,13 +89,20 @@ def load_state_dict(path: Any, *, use_ema: bool = False, keys: tuple[str, ...] =
 
 def load_arguments(path: Any) -> dict[str, Any]:
     """The constructor arguments that a trainer stored beside the weights in `path` (under "args"); empty where there are none."""
+    return load_options(path, "args")
+
+
+def load_options(path: Any, name: str) -> dict[str, Any]:
+    """The options that a trainer stored beside the weights in `path` under `name`; empty where there are none."""
     content = _read(Path(path))
     for _ in range(3):
         if not isinstance(content, Mapping):
             break
-        arguments = content.get("args")
+        arguments = content.get(name)
         if isinstance(arguments, argparse.Namespace):
             return vars(arguments)
+        if isinstance(arguments, StoredOptions):
+            arguments = vars(arguments).get("_data")
         if isinstance(arguments, Mapping):
             return dict(arguments)
         key = _weights_key(content, False, ())

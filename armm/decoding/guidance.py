@@ -105,11 +105,12 @@ class ContextGuidance:
 class Guidance:
     """null + (conditional - null) * scale over the rows [conditional; null].
 
-    scale <= 1 switches guidance off. schedule: how the scale grows from 1 to its value over the steps ("constant",
+    scale <= 1 switches guidance off. schedule: how the scale grows from `start` to its value over the steps ("constant",
     "linear", "half_linear", "cosine", "sine", "log"), a function of progress ** power. progress: "span" is 0 at the first
     and 1 at the last step, "done" counts the step itself as done, "begun" does not. interval: decode steps 0 .. interval
     are guided, later ones are not (-1 = all are); the first token, which comes from the prefill, is not counted and is
-    always guided. high: flow times above it are not guided. `scale` may be changed between steps.
+    always guided. high: flow times above it are not guided. `scale` may be changed between steps. Where a schedule lies below 1,
+    the step is not guided.
     """
 
     scale: float = 1.0
@@ -119,8 +120,11 @@ class Guidance:
     progress: str = "span"
     power: float = 1.0
     high: float = 1.0
+    start: float = 1.0
 
     def __post_init__(self) -> None:
+        if not math.isfinite(self.start):
+            raise ValueError(f"start must be a finite number, got {self.start!r}")
         if not math.isfinite(self.scale):
             raise ValueError(f"scale must be a finite number, got {self.scale!r}")
         if self.schedule not in SCHEDULES:
@@ -138,7 +142,7 @@ class Guidance:
 
     @property
     def active(self) -> bool:
-        return self.scale > 1.0
+        return self.scale > 1.0 or (self.start > 1.0 and self.schedule != "constant")
 
     def covers(self, step: int) -> bool:
         """Whether the draw of token `step` is guided (token 0 comes from the prefill, token 1 from decode step 0)."""
@@ -146,7 +150,7 @@ class Guidance:
 
     def scale_at(self, step: int, steps: int) -> float:
         progress = PROGRESS[self.progress](step, steps) ** self.power
-        return 1.0 + (self.scale - 1.0) * SCHEDULES[self.schedule](progress)
+        return max(1.0, self.start + (self.scale - self.start) * SCHEDULES[self.schedule](progress))
 
     def combine(self, logits: Tensor, step: int = 0, steps: int = 1) -> Tensor:
         """Logits [2B, ...] of the rows [conditional; null] -> [B, ...] for token `step` of `steps`."""

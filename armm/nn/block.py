@@ -16,7 +16,7 @@ from armm.nn.experts import MixtureOfExperts
 from armm.nn.linear import FusedLinear, is_plain, separate
 from armm.nn.mlp import GatedMLP, build_mlp
 from armm.nn.modulation import NAMES, BlockModulation, modulate
-from armm.nn.norms import FastRMSNorm, HeadLayerNorm, HeadRMSNorm, RMSNorm, build_norm, rms_norm
+from armm.nn.norms import FastRMSNorm, HeadLayerNorm, HeadRMSNorm, LayerNorm, RMSNorm, build_norm, rms_norm
 from armm.nn.rotary import apply_rotary
 
 if TYPE_CHECKING:
@@ -32,6 +32,8 @@ class BlockConfig:
     """What a block needs to know; see `ARTransformer` for the meaning of each entry.
 
     normalize_context: whether each block has a norm of its own for the context. mask_smoothing: see `attention`.
+    context_rotary: whether keys of a context are turned like the queries. branch_scale: both branches have a learned factor for
+    each channel, which starts at this value; None = no factors (Touvron et al., arXiv 2103.17239).
     """
 
     dim: int
@@ -59,6 +61,8 @@ class BlockConfig:
     experts: dict[str, int] | None = None  # arguments of `MixtureOfExperts`: count, active, hidden, shared, routers
     normalize_context: bool = True
     mask_smoothing: float = 0.0
+    context_rotary: bool = True
+    branch_scale: float | None = None
 
 
 class Attention(nn.Module):
@@ -79,9 +83,13 @@ class Attention(nn.Module):
         self.qk_norm = config.qk_norm
         self.scale = config.attention_scale
         self.smoothing = config.mask_smoothing
+        self.turns_keys = config.context_rotary
         if config.qk_norm == "rms":
             self.query_norm = RMSNorm(head_dim, config.qk_norm_eps)
             self.key_norm = RMSNorm(head_dim, config.qk_norm_eps)
+        elif config.qk_norm == "layer":
+            self.query_norm = LayerNorm(head_dim, config.qk_norm_eps)
+            self.key_norm = LayerNorm(head_dim, config.qk_norm_eps)
         elif config.qk_norm == "head_layer":
             self.query_norm = HeadLayerNorm(self.heads, head_dim, config.qk_norm_eps)
             self.key_norm = HeadLayerNorm(self.kv_heads, head_dim, config.qk_norm_eps)
@@ -95,7 +103,7 @@ class Attention(nn.Module):
 
     def normalize(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """Query/key norm per head on [B, N, H, d]."""
-        if self.qk_norm in ("rms", "head_layer", "head_rms"):
+        if self.qk_norm in ("rms", "layer", "head_layer", "head_rms"):
             return self.query_norm(query), self.key_norm(key)
         if self.qk_norm == "l2":
             scale = self.query_scale.float().clamp(max=MAX_QUERY_SCALE).exp()[:, None]
@@ -113,7 +121,8 @@ class Attention(nn.Module):
         value = self.to_v(source).view(batch, source.shape[1], self.kv_heads, self.head_dim)
         query, key = self.normalize(query, key)
         if rotary is not None:
-            query, key = apply_rotary(query, rotary), apply_rotary(key, rotary)
+            query = apply_rotary(query, rotary)
+            key = apply_rotary(key, rotary) if context is None or self.turns_keys else key
         return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
 
     def forward(
@@ -266,7 +275,7 @@ class Block(nn.Module):
     """x += attention(norm(x)); x += mlp(norm(x)); with modulation, the norms are shifted and scaled, the branches
     gated. With a context, x += cross_attention(norm(x), norm(context)) between the two, never modulated.
     With norm_placement "output" it is x += norm(attention(x)); x += norm(mlp(x)), with "residual" it is x = norm(x + attention(x)) and
-    so on for each branch.
+    so on for each branch. With branch_scale, branches are multiplied by `attention_gate` and `mlp_gate` before they are added.
     """
 
     def __init__(self, config: BlockConfig) -> None:
@@ -301,6 +310,12 @@ class Block(nn.Module):
             raise ValueError("norm_placement='output' has no modulation and no context: leave them out, or use 'input'")
         if config.norm_placement == "residual" and config.modulation is not None:
             raise ValueError("norm_placement='residual' has no modulation: leave it out, or use 'input'")
+        self.attention_gate = self.mlp_gate = None
+        if config.branch_scale is not None:
+            if config.modulation is not None or config.norm_placement != "input":
+                raise ValueError("branch_scale is for blocks without modulation whose norms are at the input")
+            self.attention_gate = nn.Parameter(torch.full((config.dim,), float(config.branch_scale)))
+            self.mlp_gate = nn.Parameter(torch.full((config.dim,), float(config.branch_scale)))
         self.norms_output = config.norm_placement == "output"
         self.norms_residual = config.norm_placement == "residual"
         self.dropout = config.dropout
@@ -341,9 +356,12 @@ class Block(nn.Module):
             return self.mlp_norm(x + F.dropout(self.feed_forward(x, routes), self.dropout, self.training))
         if self.modulation is None:
             branch = self.attention(self.attention_norm(x), rotary, mask, causal, cache, layer, discard, backend)
+            branch = branch if self.attention_gate is None else branch * self.attention_gate
             x = x + F.dropout(branch, self.dropout, self.training)
             x = self.cross(x, context, rotary, layer, backend, context_mask)
-            return x + F.dropout(self.feed_forward(self.mlp_norm(x), routes), self.dropout, self.training)
+            branch = self.feed_forward(self.mlp_norm(x), routes)
+            branch = branch if self.mlp_gate is None else branch * self.mlp_gate
+            return x + F.dropout(branch, self.dropout, self.training)
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition, segments)
         h = modulate(self.attention_norm(x), shift1, scale1)
         branch = self.attention(h, rotary, mask, causal, cache, layer, discard, backend)
@@ -357,8 +375,9 @@ class Block(nn.Module):
         return self.mlp(x) if routes is None else self.mlp(x, routes)
 
     def _observed(self, x: Tensor, *arguments: Any) -> Tensor:
-        if self.modulation is not None or self.cross_attention is not None or self.norms_output or self.norms_residual:
-            raise ValueError("blocks with modulation, cross-attention or norms behind their branches cannot be observed")
+        plain = self.modulation is None and self.cross_attention is None and self.attention_gate is None
+        if not plain or self.norms_output or self.norms_residual:
+            raise ValueError("blocks with modulation, cross-attention, scaled branches or norms behind them cannot be observed")
         *rest, observe, routes = arguments
         h = self.attention_norm(x)
         branch = self.attention(h, *rest)
@@ -400,7 +419,8 @@ class Block(nn.Module):
         if self._fused is not None:
             return True
         groups = self._merged_groups()
-        if self.modulation is not None or self.cross_attention is not None or self.norms_residual:
+        plain = self.modulation is None and self.cross_attention is None and self.attention_gate is None
+        if not plain or self.norms_residual:
             return False
         if self.training or not all(is_plain(m) for group in groups for m in group):
             return False

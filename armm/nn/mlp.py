@@ -12,12 +12,12 @@ def gelu_tanh(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
-GATED: dict[str, Callable[[Tensor], Tensor]] = {"swiglu": F.silu, "geglu": F.gelu}
+GATED: dict[str, Callable[[Tensor], Tensor]] = {"swiglu": F.silu, "geglu": F.gelu, "geglu_tanh": gelu_tanh}
 PLAIN: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "gelu_tanh": gelu_tanh, "silu": F.silu}
 
 
 class GatedMLP(nn.Module):
-    """down(activation(gate(x)) * up(x)): "swiglu" (SiLU) or "geglu" (exact GELU)."""
+    """down(activation(gate(x)) * up(x)): "swiglu" (SiLU), "geglu" (exact GELU) or "geglu_tanh"."""
 
     def __init__(self, dim: int, hidden: int, kind: str = "swiglu", bias: bool = False) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class MLP(nn.Module):
 
 
 def build_mlp(kind: str, dim: int, hidden: int, bias: bool) -> GatedMLP | MLP:
-    """A feed-forward network by name: "swiglu", "geglu", "gelu", "gelu_tanh" or "silu"."""
+    """A feed-forward network by name: "swiglu", "geglu", "geglu_tanh", "gelu", "gelu_tanh" or "silu"."""
     if kind in GATED:
         return GatedMLP(dim, hidden, kind, bias)
     if kind in PLAIN:

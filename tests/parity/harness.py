@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -134,3 +134,38 @@ def adds_to_last_stage(name: str, state: dict[str, torch.Tensor]) -> bool:
     return rest.startswith(entry) or (
         rest.startswith(stage) and rest.split(".")[-2] in ("conv2", "nin_shortcut", "proj_out")
     )
+
+
+# ---------------------------------------------------------------------- the cases notice every tensor
+
+
+def unnoticed_changes(
+    model: torch.nn.Module,
+    changes: Iterable[tuple[str, dict[str, torch.Tensor]]],
+    checks: Callable[[str], Iterator[Check]],
+) -> list[str]:
+    """Names of the authors' tensors of which a change is not noticed; afterwards the model is as it was.
+
+    Args:
+        changes: (the authors' name, our tensors that it fills -> their changed values), one after the other.
+        checks: the checks to run for a name; the sooner one of them fails, the cheaper.
+    """
+    parameters, unnoticed = model.state_dict(), []
+    for name, changed in changes:
+        saved = {target: parameters[target].clone() for target in changed}
+        for target, value in changed.items():
+            parameters[target].copy_(value)
+        if first_problem(checks(name)) is None:
+            unnoticed.append(name)
+        for target, value in saved.items():
+            parameters[target].copy_(value)
+    return unnoticed
+
+
+def staged(found: Iterator[tuple[str, Callable[[], Check]]], first: str | None) -> Iterator[Check]:
+    """Checks by stage, computed when asked for; those of the stage `first` before the others."""
+    stages = list(found)
+    for wanted in (True, False):
+        for stage, check in stages:
+            if (stage == first) == wanted:
+                yield check()
