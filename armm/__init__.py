@@ -106,6 +106,7 @@ PUBLIC_NAMES: dict[str, str] = {
     "DARTokenizer": "tokenizers_visual.dar",
     "DepthVQTokenizer": "tokenizers_visual.depth",
     "DualTokenTokenizer": "tokenizers_visual.dualtoken",
+    "PerceptionTokens": "tokenizers_visual.perception",
     "KLTokenizer": "tokenizers_visual.kl_tokenizer",
     "ATokenTokenizer": "tokenizers_visual.atoken",
     "MingTokTokenizer": "tokenizers_visual.mingtok",

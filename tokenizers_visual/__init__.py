@@ -16,6 +16,7 @@ _PUBLIC = {
     "DARTokenizer": "tokenizers_visual.dar",
     "DepthVQTokenizer": "tokenizers_visual.depth",
     "DualTokenTokenizer": "tokenizers_visual.dualtoken",
+    "PerceptionTokens": "tokenizers_visual.perception",
     "KLTokenizer": "tokenizers_visual.kl_tokenizer",
     "ViT": "tokenizers_visual.vit",
     "ATokenTokenizer": "tokenizers_visual.atoken",
