@@ -88,6 +88,53 @@ class VectorQuantizer(nn.Module):
         return self.normalize(F.embedding(ids, self.embedding.weight))
 
 
+class ResidualQuantizer(nn.Module):
+    """A vector as the sum of codes, each the nearest to what the codes before it left over (Lee et al., arXiv 2203.01941).
+
+    Args:
+        codebook_size, dim: number and width of the code vectors.
+        depth: codes of a vector.
+        shared: whether all depths have one codebook.
+
+    All arithmetic is float32 whatever the input's dtype.
+    """
+
+    def __init__(self, codebook_size: int, dim: int, depth: int, shared: bool = True) -> None:
+        super().__init__()
+        if depth < 1:
+            raise ValueError(f"`depth` must be a positive integer, got {depth!r}.")
+        self.codebook_size, self.dim, self.depth = codebook_size, dim, depth
+        self.codebooks = nn.ModuleList(
+            VectorQuantizer(codebook_size, dim, l2_normalize=False) for _ in range(1 if shared else depth)
+        )
+
+    def at(self, level: int) -> VectorQuantizer:
+        """The codebook of a depth."""
+        return self.codebooks[level if len(self.codebooks) > 1 else 0]  # type: ignore[return-value]
+
+    @torch.no_grad()
+    def encode(self, vectors: torch.Tensor) -> torch.Tensor:
+        """Ids `[B, N, depth]` of `vectors` `[B, N, C]`, the coarsest first."""
+        rest, found = vectors.float(), []
+        for level in range(self.depth):
+            found.append(self.at(level).nearest(rest, self.at(level).codebook()))
+            rest = rest - self.at(level).lookup(found[-1])
+        return torch.stack(found, dim=-1)
+
+    def lookup(self, ids: torch.Tensor) -> torch.Tensor:
+        """The code vectors of each depth, float32 `[..., depth, C]`, of ids `[..., depth]`; their sum stands for the vector."""
+        return torch.stack([self.at(level).lookup(ids[..., level]) for level in range(self.depth)], dim=-2)
+
+    def forward(self, vectors: torch.Tensor) -> Quantized:
+        """Quantizes `vectors` `[B, N, C]`; ids are `[B, N, depth]`, the losses means over the sums after each depth."""
+        vectors = vectors.float()
+        ids = self.encode(vectors)
+        sums = self.lookup(ids).cumsum(dim=-2)
+        target = vectors.unsqueeze(-2).expand_as(sums)
+        codebook_loss, commitment_loss = F.mse_loss(sums, target.detach()), F.mse_loss(target, sums.detach())
+        return Quantized(vectors + (sums[..., -1, :] - vectors).detach(), ids, codebook_loss, commitment_loss)
+
+
 def exponential_noise(shape: torch.Size, generator: Generators, device: torch.device) -> torch.Tensor:
     """Positive noise of `shape` [B, ...] on `device`, made where the generators are."""
     if generator is None or isinstance(generator, torch.Generator):

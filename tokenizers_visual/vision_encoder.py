@@ -27,6 +27,8 @@ class VisionEncoder(ModelMixin, ConfigMixin):
         min_size: shortest side that preparing an image may give it, in pixels.
         class_token: whether a learned token with a position of its own stands before the patches and has a feature too.
         final_norm: whether features are normalised behind the last block.
+        activation: "gelu" (exact) or "gelu_tanh".
+        pooling: an attention pooling head over the features, see `pool`.
     """
 
     _supports_gradient_checkpointing = False
@@ -48,6 +50,8 @@ class VisionEncoder(ModelMixin, ConfigMixin):
         min_size: int = 14,
         class_token: bool = False,
         final_norm: bool = True,
+        activation: str = "gelu",
+        pooling: bool = False,
     ) -> None:
         super().__init__()
         from timm.models.vision_transformer import VisionTransformer
@@ -57,6 +61,8 @@ class VisionEncoder(ModelMixin, ConfigMixin):
                 f"`image_size` must be at least one patch and `num_heads` divide `dim`, got image_size={image_size}, "
                 f"patch_size={patch_size}, dim={dim}, num_heads={num_heads}."
             )
+        if activation not in ("gelu", "gelu_tanh"):
+            raise ValueError(f"`activation` must be 'gelu' or 'gelu_tanh', got {activation!r}.")
         self.vit = VisionTransformer(
             img_size=image_size,
             patch_size=patch_size,
@@ -67,9 +73,10 @@ class VisionEncoder(ModelMixin, ConfigMixin):
             mlp_ratio=((4 * dim if mlp_hidden is None else mlp_hidden) + 0.5) / dim,
             class_token=class_token,
             final_norm=final_norm,
-            global_pool="",
+            global_pool="map" if pooling else "",
             num_classes=0,
             norm_layer=partial(nn.LayerNorm, eps=norm_eps),
+            act_layer=partial(nn.GELU, approximate="tanh") if activation == "gelu_tanh" else nn.GELU,
         )
 
     @property
@@ -91,10 +98,37 @@ class VisionEncoder(ModelMixin, ConfigMixin):
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
         """Normalised pixels [B, 3, S, S] -> features [B, N, dim] of the class token, where there is one, and the patches in raster
         order."""
+        self.check_size(pixels)
+        return self.vit.forward_features(pixels.to(self.vit.pos_embed.dtype))
+
+    def check_size(self, pixels: torch.Tensor) -> None:
+        """Raises ValueError unless `pixels` are of this encoder's size."""
         size = self.image_size
         if pixels.ndim != 4 or tuple(pixels.shape[1:]) != (3, size, size):
             raise ValueError(f"`pixels` must be [B, 3, {size}, {size}], got {tuple(pixels.shape)}.")
-        return self.vit.forward_features(pixels.to(self.vit.pos_embed.dtype))
+
+    # In parts: finish(blocks(patches(pixels), 0, num_layers)) is what `encode` does.
+
+    def patches(self, pixels: torch.Tensor) -> torch.Tensor:
+        """What the first block is given: [B, N, dim]."""
+        self.check_size(pixels)
+        return self.vit.norm_pre(self.vit._pos_embed(self.vit.patch_embed(pixels.to(self.vit.pos_embed.dtype))))
+
+    def blocks(self, x: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        """Through the blocks `start` .. `stop` - 1."""
+        for block in self.vit.blocks[start:stop]:
+            x = block(x)
+        return x
+
+    def finish(self, x: torch.Tensor) -> torch.Tensor:
+        """The final norm."""
+        return self.vit.norm(x)
+
+    def pool(self, x: torch.Tensor) -> torch.Tensor:
+        """Features [B, N, dim] -> one of the whole image [B, dim]: what a learned query sees in them."""
+        if self.vit.attn_pool is None:
+            raise ValueError("this encoder was made without `pooling`.")
+        return self.vit.attn_pool(x)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         return self.encode(pixels)
