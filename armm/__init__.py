@@ -29,6 +29,8 @@ PUBLIC_NAMES: dict[str, str] = {
     # what most people need
     "pipeline": "armm.auto",
     "list_models": "armm.zoo",
+    "tokenizer": "armm.auto",
+    "compare_tokenizers": "armm.evaluation.tokenizers",
     # pipelines
     "ARPipeline": "pipelines.base",
     "LlamaGenPipeline": "pipelines.llamagen",

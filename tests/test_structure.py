@@ -52,7 +52,7 @@ ALLOWED = {
     "explain": {"nn", "trunk", "decoding"},
     "pipelines": LOW,
     "data": {"leaf"},
-    "evaluation": LOW | {"pipelines", "data"},
+    "evaluation": LOW | {"pipelines", "data", "zoo"},
     "training": LOW | {"pipelines", "data", "evaluation"},
     "convert": LOW | {"pipelines"},
     "zoo": LOW | {"pipelines", "convert"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 
 import torch
@@ -53,6 +54,21 @@ class VisualTokenizer(Int8Weights, ModelMixin, ConfigMixin):
     @property
     def is_discrete(self) -> bool:
         return self.codebook_size > 0
+
+    @property
+    def bits_per_token(self) -> float | None:
+        """Bits that the ids of a position hold; None for continuous tokenizers."""
+        return self.sub_codes * math.log2(self.codebook_size) if self.is_discrete else None
+
+    @property
+    def required_size(self) -> tuple[int, int] | None:
+        """(height, width) of every image; None where all sides that are multiples of `downsample` will do."""
+        return None
+
+    @property
+    def smallest_size(self) -> int:
+        """The least side of an image, where sizes are free."""
+        return self.downsample
 
     @property
     def is_video(self) -> bool:

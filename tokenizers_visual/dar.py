@@ -131,6 +131,10 @@ class DARTokenizer(VisualTokenizer):
         """Pixels of a patch along each side; the codes themselves have no place."""
         return self.config.patch_size
 
+    @property
+    def smallest_size(self) -> int:
+        return self.config.image_size
+
     # Reading.
 
     def features(self, pixels: torch.Tensor) -> torch.Tensor:

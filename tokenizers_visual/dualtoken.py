@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -146,6 +147,14 @@ class DualTokenTokenizer(VisualTokenizer):
     @property
     def sub_codes(self) -> int:
         return len(self.codebook_sizes)
+
+    @property
+    def bits_per_token(self) -> float:
+        return sum(math.log2(size) for size in self.codebook_sizes)
+
+    @property
+    def required_size(self) -> tuple[int, int]:
+        return (self.config.image_size, self.config.image_size)
 
     @property
     def latent_channels(self) -> int:

@@ -144,6 +144,10 @@ class LARPTokenizer(VisualTokenizer):
     def is_video(self) -> bool:
         return True
 
+    @property
+    def required_size(self) -> tuple[int, int]:
+        return (self.config.sample_size, self.config.sample_size)
+
     def features(self, pixels: torch.Tensor) -> torch.Tensor:
         """What the queries found in `pixels`, before normalisation: `[B, num_tokens, codebook_dim]`."""
         pixels = ((pixels + 1) / 2).to(self.patch_embedding.weight.dtype)  # the family's range is [0, 1]

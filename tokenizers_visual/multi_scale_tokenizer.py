@@ -85,6 +85,11 @@ class MultiScaleVQTokenizer(VisualTokenizer):
         return self._downsample
 
     @property
+    def required_size(self) -> tuple[int, int]:
+        side = self.scales[-1] * self.downsample
+        return (side, side)
+
+    @property
     def scales(self) -> tuple[int, ...]:
         """Sides of the token maps an image is encoded to by default."""
         return self.quantizer.scales

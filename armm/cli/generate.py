@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -165,6 +166,8 @@ def run(args: argparse.Namespace) -> int:
         "top_p": args.top_p,
         "output_codes": True if animation is not None else None,
     }
+    if animation is not None and draws_previews(pipe):
+        options |= {"output_codes": None, "output_previews": True}
     arguments = call_arguments(pipe, options)
     generators = [torch.Generator().manual_seed(seed + index) for index in range(count)]
     output = pipe(**arguments, generator=generators)
@@ -178,13 +181,21 @@ def run(args: argparse.Namespace) -> int:
     for image, target in zip([image_grid(images)] if args.grid else images, paths, strict=True):
         save_image(image, target)
     if animation is not None:
-        from armm.cli.animation import appearing_tokens
+        from armm.cli.animation import appearing_tokens, previews
 
-        frames, durations = appearing_tokens(pipe, output.codes, args.animate_size, quiet=args.quiet)
+        if draws_previews(pipe):
+            frames, durations = previews([*output.previews, output.images], args.animate_size)
+        else:
+            frames, durations = appearing_tokens(pipe, output.codes, args.animate_size, quiet=args.quiet)
         save_gif(frames, durations, animation)
         paths.append(animation)
     report(args, paths, seed)
     return 0
+
+
+def draws_previews(pipe: Any) -> bool:
+    """Whether the pipeline draws whole images that become clearer, rather than one place after the other."""
+    return "output_previews" in inspect.signature(type(pipe).__call__).parameters
 
 
 def makes_videos(pipe: Any) -> bool:

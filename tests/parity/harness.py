@@ -125,7 +125,7 @@ def adds_to_last_stage(name: str, state: dict[str, torch.Tensor]) -> bool:
     """Whether `name` belongs to a layer whose output is added to the residual stream behind a coder's last change of resolution."""
     coder, _, rest = name.partition(".")
     levels = {int(key.split(".")[2]) for key in state if key.startswith("encoder.down.")}
-    if not levels or coder not in ("encoder", "decoder"):
+    if coder not in ("encoder", "decoder") or (coder == "encoder" and not levels):
         return False
     if coder == "encoder":
         entry, stage = f"down.{max(levels) - 1}.downsample.", (f"down.{max(levels)}.", "mid.")
