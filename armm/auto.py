@@ -82,7 +82,7 @@ def published_pipeline(name: str, *, config: dict[str, Any] | None = None, **kwa
     if entry.task == "tokenizer":
         users = [other.name for other in zoo.ZOO.values() if other.tokenizer == entry.name]
         raise ValueError(
-            f"{entry.name} is a tokenizer, not a generator; use `armm.convert.convert({entry.family!r}, path)` for the tokenizer alone"
+            f"{entry.name} is a tokenizer, not a generator; use `armm.tokenizer({entry.name!r})` for the tokenizer alone"
             + (f", or one of the models that use it: {', '.join(users)}." if users else ".")
         )
     if entry.is_restricted:

@@ -300,7 +300,9 @@ class DARPipeline(LlamaGenPipeline):
             return Guidance(settings["guidance_scale"], interval=settings["guidance_interval"])
         if start == 1.0 and settings["guidance_scale"] > 1.0:
             start = 1.001  # as the authors, whose loop wants guidance from the first token on
-        return Guidance(settings["guidance_scale"], schedule="linear", start=start, interval=settings["guidance_interval"])
+        return Guidance(
+            settings["guidance_scale"], schedule="linear", start=start, interval=settings["guidance_interval"]
+        )
 
     def check_settings(self, **given: Any) -> dict[str, Any]:
         own = {name: given.pop(name) for name in ("guidance_start", "num_inference_steps")}

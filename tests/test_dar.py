@@ -81,7 +81,9 @@ def test_a_preview_does_not_depend_on_later_tokens(tokenizer):
         changed = ids.clone()
         changed[:, needed:] = 0
         for codes in (Codes(ids=changed), Codes(ids=ids[:, :needed])):
-            torch.testing.assert_close(tokenizer.decode(codes, noise=NOISE, preview_steps=steps), preview, atol=1e-5, rtol=0)
+            torch.testing.assert_close(
+                tokenizer.decode(codes, noise=NOISE, preview_steps=steps), preview, atol=1e-5, rtol=0
+            )
         if steps < 4:
             changed[:, needed - 1] = (changed[:, needed - 1] + 1) % 24
             assert (tokenizer.decode(Codes(ids=changed), noise=NOISE, preview_steps=steps) - preview).abs().max() > 1e-3
@@ -169,7 +171,9 @@ def test_an_image_with_its_own_generator_does_not_depend_on_the_batch(pipe):
     generators = [torch.Generator().manual_seed(i) for i in range(3)]
     together = pipe(class_labels=[1, 2, 3], generator=generators, output_type="pt", output_codes=True)
     for i in range(3):
-        alone = pipe(class_labels=i + 1, generator=torch.Generator().manual_seed(i), output_type="pt", output_codes=True)
+        alone = pipe(
+            class_labels=i + 1, generator=torch.Generator().manual_seed(i), output_type="pt", output_codes=True
+        )
         assert torch.equal(alone.codes.ids[0], together.codes.ids[i])
         torch.testing.assert_close(alone.images[0], together.images[i], atol=1e-4, rtol=0)
 
@@ -231,7 +235,9 @@ def test_a_saved_pipeline_is_the_same(pipe, tmp_path):
     loaded = armm.pipeline(tmp_path / "dar")
     loaded.set_progress_bar_config(disable=True)
     assert isinstance(loaded, DARPipeline) and loaded.generation_config["guidance_scale"] == 2.0
-    images = [p(class_labels=4, generator=torch.Generator().manual_seed(3), output_type="np").images for p in (pipe, loaded)]
+    images = [
+        p(class_labels=4, generator=torch.Generator().manual_seed(3), output_type="np").images for p in (pipe, loaded)
+    ]
     assert np.array_equal(*images)
 
 
@@ -270,8 +276,21 @@ def test_components_must_belong_together(pipe):
 
 def test_the_command_line_animates_the_previews(pipe, tmp_path):
     pipe.save_pretrained(tmp_path / "dar")
-    command = ["generate", "--model", str(tmp_path / "dar"), "--class-labels", "1", "2", "-o", str(tmp_path / "out.png"), "--quiet"]
-    assert main([*command, "--grid", "--animate", str(tmp_path / "steps.gif"), "--animate-size", "16", "--device", "cpu"]) == 0
+    command = [
+        "generate",
+        "--model",
+        str(tmp_path / "dar"),
+        "--class-labels",
+        "1",
+        "2",
+        "-o",
+        str(tmp_path / "out.png"),
+        "--quiet",
+    ]
+    assert (
+        main([*command, "--grid", "--animate", str(tmp_path / "steps.gif"), "--animate-size", "16", "--device", "cpu"])
+        == 0
+    )
     with Image.open(tmp_path / "steps.gif") as gif:
         assert gif.n_frames == 4
 
@@ -294,7 +313,13 @@ def authors_tokenizer(model: DARTokenizer) -> dict[str, torch.Tensor]:
     return state
 
 
-MODEL = {"num_all_queries": 8, "num_query_groups": 4, "queries_per_step": 2, "num_denoising_steps": 4, "sampling_resolution": 8}
+MODEL = {
+    "num_all_queries": 8,
+    "num_query_groups": 4,
+    "queries_per_step": 2,
+    "num_denoising_steps": 4,
+    "sampling_resolution": 8,
+}
 
 
 def test_a_file_with_the_options_class_of_the_authors_is_read(tokenizer, tmp_path, monkeypatch):
@@ -372,7 +397,9 @@ def test_a_pipeline_is_made_of_two_files(pipe, tmp_path):
         if name.split(".")[-2] in rules:
             continue
         source = next(
-            found for rule in llamagen.TRANSFORMER_RULES if not isinstance(rule.target, tuple) and (found := rule.source_of(name))
+            found
+            for rule in llamagen.TRANSFORMER_RULES
+            if not isinstance(rule.target, tuple) and (found := rule.source_of(name))
         )
         state[source] = value
     for layer in range(2):

@@ -13,7 +13,14 @@ from armm.convert import CheckpointKeysError, CheckpointShapeError, aurora, conv
 from tokenizers_visual import Codes, DepthVQTokenizer
 from tokenizers_visual.perception import PerceptionTokens, read_boxes, write_box
 
-TINY = {"base_channels": 4, "num_levels": 2, "num_res_blocks": 1, "codebook_size": 12, "codebook_dim": 6, "image_size": 8}
+TINY = {
+    "base_channels": 4,
+    "num_levels": 2,
+    "num_res_blocks": 1,
+    "codebook_size": 12,
+    "codebook_dim": 6,
+    "image_size": 8,
+}
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +56,8 @@ def test_depth_of_any_size_is_read_by_nearest_neighbours(tokenizer):
 
 
 @pytest.mark.parametrize(
-    "depth", [torch.rand(3, 3), torch.rand(1, 4, 4) * 3, torch.rand(1, 4, 4) - 1, torch.zeros(1, 4, 4, dtype=torch.int64) + 2]
+    "depth",
+    [torch.rand(3, 3), torch.rand(1, 4, 4) * 3, torch.rand(1, 4, 4) - 1, torch.zeros(1, 4, 4, dtype=torch.int64) + 2],
 )
 def test_depth_that_is_none_is_refused(tokenizer, depth):
     with pytest.raises(ValueError, match="`depth`"):
@@ -90,7 +98,8 @@ def test_published_words_have_their_ids():
 
 
 @pytest.mark.parametrize(
-    "text", ["nothing", "<DEPTH_START><DEPTH_1><DEPTH_END>", "<DEPTH_START>" + "<DEPTH_1>" * 3 + "<DEPTH_12><DEPTH_END>"]
+    "text",
+    ["nothing", "<DEPTH_START><DEPTH_1><DEPTH_END>", "<DEPTH_START>" + "<DEPTH_1>" * 3 + "<DEPTH_12><DEPTH_END>"],
 )
 def test_broken_texts_are_refused(text):
     with pytest.raises(ValueError, match="map"):
@@ -139,7 +148,9 @@ def test_grammar_of_an_answer(before, after, rows):
 
 def test_boxes():
     assert write_box((1, 2, 30, 335)) == "(<PIXEL_1>,<PIXEL_2>,<PIXEL_30>,<PIXEL_335>)"
-    text = f"a cup {write_box((1, 2, 3, 4))} and ( <PIXEL_5>, <PIXEL_6>, <PIXEL_7>, <PIXEL_900>) {write_box((0, 0, 9, 9))}"
+    text = (
+        f"a cup {write_box((1, 2, 3, 4))} and ( <PIXEL_5>, <PIXEL_6>, <PIXEL_7>, <PIXEL_900>) {write_box((0, 0, 9, 9))}"
+    )
     assert read_boxes(text) == [(1, 2, 3, 4), (0, 0, 9, 9)]
     for box in ((1, 2, 3), (1, 2, 3, 336), (1, 2, 3, 0.5)):
         with pytest.raises(ValueError, match="`box`"):
@@ -152,7 +163,8 @@ def test_boxes():
 def authors_state(model: DepthVQTokenizer) -> dict[str, torch.Tensor]:
     rules = aurora.rules_of(model.config.num_levels, model.config.num_res_blocks)
     state = {
-        next(found for rule in rules if (found := rule.source_of(name))): value for name, value in model.state_dict().items()
+        next(found for rule in rules if (found := rule.source_of(name))): value
+        for name, value in model.state_dict().items()
     }
     return {**state, "_vq_vae._ema_w": torch.zeros(12, 6), "_vq_vae._ema_cluster_size": torch.zeros(12)}
 
@@ -161,14 +173,20 @@ def test_a_file_of_the_authors_is_read(tokenizer, tmp_path):
     state = authors_state(tokenizer)
     assert state["encoder.0.weight"].shape == (4, 1, 4, 4) and "decoder.7.weight" in state
     torch.save({"weights": {f"module.{name}": value for name, value in state.items()}}, tmp_path / "vae-final.pt")
-    loaded = convert("aurora", tmp_path / "vae-final.pt", config={"image_size": 8, "num_tokens": 12, "downsample_ratio": 4})
+    loaded = convert(
+        "aurora", tmp_path / "vae-final.pt", config={"image_size": 8, "num_tokens": 12, "downsample_ratio": 4}
+    )
     assert all(torch.equal(value, tokenizer.state_dict()[name]) for name, value in loaded.state_dict().items())
     assert loaded.words.count == 4 and convert("aurora", tmp_path / "vae-final.pt").words.grid == (80, 80)
 
 
 def test_files_that_do_not_fit_are_refused(tokenizer):
     state = authors_state(tokenizer)
-    for config, words in (({"hidden_dim": 8}, "base_channels"), ({"use_norm": True}, "use_norm"), ({"color": 1}, "color")):
+    for config, words in (
+        ({"hidden_dim": 8}, "base_channels"),
+        ({"use_norm": True}, "use_norm"),
+        ({"color": 1}, "color"),
+    ):
         with pytest.raises((ValueError, CheckpointShapeError), match=words):
             aurora.convert_state_dict(state, config=config)
     with pytest.raises(CheckpointKeysError, match=r"decoder\.0\.bias"):

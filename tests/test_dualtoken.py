@@ -175,13 +175,17 @@ def authors_state(model: DualTokenTokenizer) -> dict[str, torch.Tensor]:
             if match is None or rule.source.format(**match.groupdict()) in state:
                 continue
             names = [target.format(**match.groupdict()) for target in rule.targets]
-            value = torch.cat([ours[part] for part in names])  if len(names) > 1 else ours[name]
+            value = torch.cat([ours[part] for part in names]) if len(names) > 1 else ours[name]
             source = rule.source.format(**match.groupdict())
             if source.endswith("position_embedding.weight") and value.ndim == 3:
                 value = value[0]
             if source.startswith("siglip_model.logit_"):
                 value = value[None]
-            if source.startswith(("decoder.mid.attn_1", "decoder.up")) and ".attn" in source and source.endswith(".weight"):
+            if (
+                source.startswith(("decoder.mid.attn_1", "decoder.up"))
+                and ".attn" in source
+                and source.endswith(".weight")
+            ):
                 value = value[:, :, None, None] if value.ndim == 2 else value
             if source.startswith("quantizer_"):
                 value = torch.cat([value, torch.zeros(1, value.shape[1])])
@@ -221,7 +225,9 @@ def test_a_file_of_the_training_script_is_read(tokenizer, tmp_path):
     without = convert("dualtoken", tmp_path / "epoch_1.pt", config=CONFIG)
     assert without.text_tower is None
     codes = tokenizer.encode(PIXELS)
-    assert torch.equal(without.encode(PIXELS).ids, codes.ids) and torch.equal(without.decode(codes), tokenizer.decode(codes))
+    assert torch.equal(without.encode(PIXELS).ids, codes.ids) and torch.equal(
+        without.decode(codes), tokenizer.decode(codes)
+    )
 
 
 def test_files_that_do_not_fit_are_refused(tokenizer):

@@ -257,7 +257,9 @@ def test_wrong_codes_are_refused(entry):
     options = entry.decode(shape)
     if codes.is_discrete:
         wrong = [codes.ids - 10_000, codes.ids + 10_000, codes.ids[..., None].repeat(*[1] * codes.ids.ndim, 7)]
-        wrong = [replace(codes, ids=ids) for ids in wrong[:2]] + ([replace(codes, ids=wrong[2])] if codes.ids.ndim == 2 else [])
+        wrong = [replace(codes, ids=ids) for ids in wrong[:2]] + (
+            [replace(codes, ids=wrong[2])] if codes.ids.ndim == 2 else []
+        )
         other = Codes(latents=torch.zeros(3, codes.num_tokens, 5), grid=codes.grid, scales=codes.scales)
     else:
         wrong = [replace(codes, latents=torch.cat([codes.latents, codes.latents], dim=-1))]

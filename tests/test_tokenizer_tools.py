@@ -90,7 +90,9 @@ def test_figures_are_those_of_each_picture_alone(folder):
 
 
 def test_bits_and_sizes_of_other_kinds():
-    kl = KLTokenizer(base_channels=8, channel_multipliers=[1, 2], num_res_blocks=1, latent_channels=3, norm_groups=4).eval()
+    kl = KLTokenizer(
+        base_channels=8, channel_multipliers=[1, 2], num_res_blocks=1, latent_channels=3, norm_groups=4
+    ).eval()
     binary = BinaryTokenizer(
         base_channels=8, channel_multipliers=[1, 2], encoder_blocks=1, decoder_blocks=1, z_channels=8, bits=6, sub_codes=2,
         norm_groups=4,
@@ -127,21 +129,40 @@ def run(*arguments: object) -> int:
 
 
 def test_a_picture_comes_back_in_whole_tokens(folder, tmp_path, capsys):
-    assert run(folder / "photo.png", "--tokenizer", folder / "vq", "-o", tmp_path / "out.png", "--json", tmp_path / "f.json") == 0
+    assert (
+        run(
+            folder / "photo.png",
+            "--tokenizer",
+            folder / "vq",
+            "-o",
+            tmp_path / "out.png",
+            "--json",
+            tmp_path / "f.json",
+        )
+        == 0
+    )
     assert Image.open(tmp_path / "out.png").size == (20, 32)
     figures = json.loads((tmp_path / "f.json").read_text())
     assert figures["width"] == 20 and figures["tokenizers"][0]["codes"] == 40
     shown = capsys.readouterr().out
     assert "psnr" in shown and "out.png (20x32 pixels)" in shown
-    assert run(folder / "photo.png", "--tokenizer", folder / "pipeline", "-o", tmp_path / "s.png", "--size", 16, "--quiet") == 0
+    assert (
+        run(folder / "photo.png", "--tokenizer", folder / "pipeline", "-o", tmp_path / "s.png", "--size", 16, "--quiet")
+        == 0
+    )
     assert Image.open(tmp_path / "s.png").size == (16, 16) and not capsys.readouterr().out
 
 
 def test_several_tokenizers_make_a_sheet(folder, tmp_path):
     target = tmp_path / "sheet.png"
-    assert run(folder / "photo.png", "--tokenizer", folder / "vq", folder / "dar", "-o", target, "--quiet", "--size", 16) == 0
+    assert (
+        run(folder / "photo.png", "--tokenizer", folder / "vq", folder / "dar", "-o", target, "--quiet", "--size", 16)
+        == 0
+    )
     assert Image.open(target).size == (3 * 16 + 8, 32)
-    assert run(folder / "photo.png", "--tokenizer", folder / "dar", "--sheet", "-o", target, "--quiet", "--size", 16) == 0
+    assert (
+        run(folder / "photo.png", "--tokenizer", folder / "dar", "--sheet", "-o", target, "--quiet", "--size", 16) == 0
+    )
     assert Image.open(target).size == (2 * 16 + 4, 32)
 
 

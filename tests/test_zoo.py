@@ -139,6 +139,16 @@ def generate(pipe) -> torch.Tensor:
     return pipe([3, 5], generator=torch.Generator().manual_seed(0), output_type="pt").images
 
 
+def test_a_published_tokenizer_is_downloaded_converted_and_cached(hub, repository, tmp_path):
+    by_name, of_model = armm.tokenizer("llamagen-vq-ds16-c2i"), armm.tokenizer("llamagen-c2i-b-256")
+    assert hub.downloads(TOKENIZER) == 1 and hub.downloads(MODEL) == 0
+    (converted,) = (tmp_path / "armm" / "converted").iterdir()
+    assert (converted / "config.json").is_file()
+    tokenizers = (by_name, of_model, armm.tokenizer(repository / TOKENIZER))
+    ours, others = tokenizers[0].state_dict(), [other.state_dict() for other in tokenizers[1:]]
+    assert all(torch.equal(ours[name], other[name]) for other in others for name in ours)
+
+
 def test_a_published_model_is_downloaded_converted_and_cached(hub, tmp_path):
     pipe = armm.pipeline("llamagen-c2i-b-256", config=CONFIG)
     assert hub.downloads(MODEL) == hub.downloads(TOKENIZER) == 1

@@ -43,6 +43,8 @@ def tiny_dar_pipeline(**settings: Any) -> DARPipeline:
         grid=(1, 8),
         rotary_condition=True,
     )
-    pipe = DARPipeline(tokenizer, randomised(transformer, 0.3), NextTokenDecoding(), {"guidance_scale": 2.0, **settings})
+    pipe = DARPipeline(
+        tokenizer, randomised(transformer, 0.3), NextTokenDecoding(), {"guidance_scale": 2.0, **settings}
+    )
     pipe.set_progress_bar_config(disable=True)
     return pipe

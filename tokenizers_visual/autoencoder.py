@@ -278,7 +278,9 @@ class StridedEncoder(nn.Module):
 class StridedDecoder(nn.Module):
     """Features `[B, z_channels, h, w]` -> pixels `[B, out_channels, h*f, w*f]`: mirrors `StridedEncoder`, not clamped."""
 
-    def __init__(self, out_channels: int, base_channels: int, levels: int, num_res_blocks: int, z_channels: int) -> None:
+    def __init__(
+        self, out_channels: int, base_channels: int, levels: int, num_res_blocks: int, z_channels: int
+    ) -> None:
         super().__init__()
         widths = [base_channels * 2**level for level in reversed(range(levels))]
         self.conv_in = nn.Conv2d(z_channels, widths[0], 1)

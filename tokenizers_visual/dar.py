@@ -99,13 +99,17 @@ class DARTokenizer(VisualTokenizer):
         self.patch_norm = LayerNorm(encoder_dim, affine=False)
         self.queries = nn.Parameter(torch.randn(num_tokens, query_dim or encoder_dim))
         self.query_proj = nn.Linear(query_dim, encoder_dim) if query_dim else nn.Identity()
-        self.encoder = ViT(encoder_dim, encoder_layers, encoder_dim // HEAD_DIM, mlp_hidden=encoder_mlp_hidden, **options)
+        self.encoder = ViT(
+            encoder_dim, encoder_layers, encoder_dim // HEAD_DIM, mlp_hidden=encoder_mlp_hidden, **options
+        )
         self.encoder_norm = LayerNorm(encoder_dim, affine=False)
         self.quant_proj = nn.Linear(encoder_dim, codebook_dim, bias=False)
         self.quantizer = VectorQuantizer(codebook_size, codebook_dim, l2_normalize=True)
         self.post_quant_proj = nn.Linear(codebook_dim, decoder_dim, bias=False)
         self.decoder_positions = nn.Parameter(torch.randn(num_tokens, decoder_dim) * 0.02)
-        self.decoder = ViT(decoder_dim, decoder_layers, decoder_dim // HEAD_DIM, mlp_hidden=decoder_mlp_hidden, **options)
+        self.decoder = ViT(
+            decoder_dim, decoder_layers, decoder_dim // HEAD_DIM, mlp_hidden=decoder_mlp_hidden, **options
+        )
         self.decoder_norm = LayerNorm(decoder_dim, affine=False)
         self.flow = PixelFlow(
             in_channels,
@@ -281,7 +285,9 @@ class DARTokenizer(VisualTokenizer):
         times = times.to(device)
         shifted = (times / (times + config.time_shift * (1 - times)))[:, None, None, None]
         groups = torch.floor(times * config.num_groups + 0.5).long() * config.num_tokens // config.num_groups
-        places = groups.clamp(max=config.num_tokens - config.window)[:, None] + torch.arange(config.window, device=device)
+        places = groups.clamp(max=config.num_tokens - config.window)[:, None] + torch.arange(
+            config.window, device=device
+        )
         window = condition.gather(1, places[..., None].expand(-1, -1, condition.shape[-1]))
         clean = config.data_std * pixels
         noise = randn_tensor(clean.shape, generator=generator, device=device, dtype=clean.dtype)
@@ -294,7 +300,9 @@ class DARTokenizer(VisualTokenizer):
     def check_ids(self, codes: Codes) -> None:
         super().check_ids(codes)
         if codes.num_tokens > self.config.num_tokens:
-            raise ValueError(f"`codes` must have at most {self.config.num_tokens} ids for each image, got {codes.num_tokens}.")
+            raise ValueError(
+                f"`codes` must have at most {self.config.num_tokens} ids for each image, got {codes.num_tokens}."
+            )
 
     def schedule(self, num_inference_steps: int | None = None) -> tuple[list[float], list[int]]:
         """The times of all steps and 1, and the first id of the window of each step."""

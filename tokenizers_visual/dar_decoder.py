@@ -168,7 +168,9 @@ class ProgressiveDecoding:
         if self.finished:
             raise ValueError(f"all {self.steps} steps of this decoding are done.")
         if ids.shape[1] < self.tokens_needed:
-            raise ValueError(f"step {self.done + 1} needs {self.tokens_needed} tokens of each image, got {ids.shape[1]}.")
+            raise ValueError(
+                f"step {self.done + 1} needs {self.tokens_needed} tokens of each image, got {ids.shape[1]}."
+            )
         if self.slope is not None:
             self.pixels = self.pixels + (self.times[self.done] - self.times[self.done - 1]) * self.slope
         start = self.starts[self.done]

@@ -115,7 +115,9 @@ class DualTokenTokenizer(VisualTokenizer):
 
         self.semantic_in, self.pixel_in = before(), before()
         self.shortcut_in = None if shortcut_layer is None else before()
-        self.semantic_quantizer = ResidualQuantizer(semantic_codebook_size, codebook_dim, semantic_depth, shared_codebook)
+        self.semantic_quantizer = ResidualQuantizer(
+            semantic_codebook_size, codebook_dim, semantic_depth, shared_codebook
+        )
         self.pixel_quantizer = ResidualQuantizer(pixel_codebook_size, codebook_dim, pixel_depth, shared_codebook)
         self.semantic_out, self.pixel_out = behind(), behind()
         self.decoder_in = ResidualBlock(dim, decoder_channels, norm_groups, first_kernel=1)
@@ -183,7 +185,9 @@ class DualTokenTokenizer(VisualTokenizer):
         """Ids `[B, h*w, semantic_depth + pixel_depth]` of pixels `[B, 3, S, S]` in [-1, 1]. Deterministic: `generator` is not used."""
         self.check_pixels(pixels)
         found = self.features(pixels)
-        ids = torch.cat([self.semantic_quantizer.encode(found.semantic), self.pixel_quantizer.encode(found.pixel)], dim=-1)
+        ids = torch.cat(
+            [self.semantic_quantizer.encode(found.semantic), self.pixel_quantizer.encode(found.pixel)], dim=-1
+        )
         return Codes(ids=ids, grid=(1, *self.vision.grid))
 
     # Codes.
@@ -241,7 +245,9 @@ class DualTokenTokenizer(VisualTokenizer):
     def text_features(self, ids: torch.Tensor) -> torch.Tensor:
         """Unit vectors `[B, dim]` of texts, from ids `[B, T]` of SigLIP's word tokenizer, padded to its length."""
         if self.text_tower is None:
-            raise ValueError("this tokenizer was converted without its text tower: convert its file with config={'text': True}.")
+            raise ValueError(
+                "this tokenizer was converted without its text tower: convert its file with config={'text': True}."
+            )
         return F.normalize(self.text_tower(ids), dim=-1)
 
     def similarity(self, codes: Codes, ids: torch.Tensor) -> torch.Tensor:

@@ -83,7 +83,9 @@ class PerceptionTokens:
         rows = []
         for row in ids.tolist():
             if self.begin_id not in row or self.end_id not in row[row.index(self.begin_id) :]:
-                raise ValueError(f"there is no map in a row of ids: begin {self.begin_id} and end {self.end_id} are missing.")
+                raise ValueError(
+                    f"there is no map in a row of ids: begin {self.begin_id} and end {self.end_id} are missing."
+                )
             start = row.index(self.begin_id) + 1
             rows.append([value - self.first - 2 for value in row[start : row.index(self.end_id, start)]])
         return self._checked(rows)

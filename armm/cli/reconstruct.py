@@ -29,10 +29,16 @@ def add(subparsers: argparse._SubParsersAction) -> None:
         "--tokenizer", nargs="+", required=True, metavar="NAME_OR_PATH",
         help="a zoo name (of a tokenizer or of a model), a task with shipped weights, a folder, an authors' file, or a hub id",
     )  # fmt: skip
-    parser.add_argument("-o", "--output", required=True, metavar="FILE", help="picture to write: .png, .jpg, .webp, ...")
-    parser.add_argument("--size", type=whole(8, MAX_SIDE), metavar="PX", help="make the picture a square of PX pixels first")
+    parser.add_argument(
+        "-o", "--output", required=True, metavar="FILE", help="picture to write: .png, .jpg, .webp, ..."
+    )
+    parser.add_argument(
+        "--size", type=whole(8, MAX_SIDE), metavar="PX", help="make the picture a square of PX pixels first"
+    )
     parser.add_argument("--sheet", action="store_true", help="write the original beside it")
-    parser.add_argument("--seed", type=whole(0, MAX_SEED), default=0, help="of tokenizers that decode with noise (default: 0)")
+    parser.add_argument(
+        "--seed", type=whole(0, MAX_SEED), default=0, help="of tokenizers that decode with noise (default: 0)"
+    )
     parser.add_argument("--json", metavar="FILE", help="write the figures to this .json file")
     add_device_arguments(parser)
     parser.set_defaults(run=run)
@@ -48,7 +54,11 @@ def picture_size(image: Any, size: int | None, tokenizers: list[Any]) -> tuple[i
         return tokenizers[0].required_size  # type: ignore[no-any-return]
     shorter = max(1.0, max(image.size) / MAX_SIDE)
     height, width = round(image.height / shorter), round(image.width / shorter)
-    return fitting_size(max(tokenizers, key=lambda item: item.downsample), height, width) if len(tokenizers) == 1 else (height, width)
+    return (
+        fitting_size(max(tokenizers, key=lambda item: item.downsample), height, width)
+        if len(tokenizers) == 1
+        else (height, width)
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -76,6 +86,11 @@ def run(args: argparse.Namespace) -> int:
     if figures is not None:
         save_json({"image": args.image, "height": size[0], "width": size[1], "tokenizers": rows}, figures)
     if not args.quiet:
-        print(table([name.replace("_", " ") for name in rows[0]], [["-" if v is None else v for v in row.values()] for row in rows]))
+        print(
+            table(
+                [name.replace("_", " ") for name in rows[0]],
+                [["-" if v is None else v for v in row.values()] for row in rows],
+            )
+        )
         print(f"{target} ({size[1]}x{size[0]} pixels)")
     return 0

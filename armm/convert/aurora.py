@@ -39,7 +39,9 @@ def rules_of(levels: int, blocks: int) -> tuple[Rule, ...]:
     for coder, start in first.items():
         for block in range(blocks):
             ours = f"{coder}.blocks.{block}"
-            rules += [Rule(f"{coder}.{start + block}.net.{a}.{{leaf}}", f"{ours}.{b}.{{leaf}}") for a, b in _BLOCK.items()]
+            rules += [
+                Rule(f"{coder}.{start + block}.net.{a}.{{leaf}}", f"{ours}.{b}.{{leaf}}") for a, b in _BLOCK.items()
+            ]
     for level in range(levels):
         rules.append(Rule(f"encoder.{2 * level}.{{leaf}}", f"encoder.downsamples.{level}.{{leaf}}"))
         rules.append(Rule(f"decoder.{2 + blocks + 2 * level}.{{leaf}}", f"decoder.upsamples.{level}.{{leaf}}"))
@@ -85,7 +87,9 @@ def arguments_of(state: Mapping[str, torch.Tensor], options: Mapping[str, Any]) 
     """Init arguments of `DepthVQTokenizer` for the tensors of a file."""
     for name, value in _FIXED.items():
         if options.get(name, value) != value:
-            raise ValueError(f"`config` says {name} = {options[name]!r}: only {value!r}, the authors' own, is supported.")
+            raise ValueError(
+                f"`config` says {name} = {options[name]!r}: only {value!r}, the authors' own, is supported."
+            )
     codebook_size, codebook_dim = shape(state, "_vq_vae._embedding", 2)
     base_channels, in_channels = shape(state, "encoder.0.weight", 4)[:2]
     convolutions = [name for name in state if re.fullmatch(r"encoder\.\d+\.weight", name)]

@@ -122,7 +122,9 @@ def convert(
     """
     state = load_state_dict(path, use_ema=use_ema, keys=("ema",))
     if "patchify.weight" in state:
-        return convert_state_dict(state, config={**_flat(load_options(path, "config")), **_flat(read_mapping(config))}, dtype=dtype)
+        return convert_state_dict(
+            state, config={**_flat(load_options(path, "config")), **_flat(read_mapping(config))}, dtype=dtype
+        )
     return convert_state_dict(state, config=config, dtype=dtype)
 
 
@@ -137,7 +139,9 @@ def convert_state_dict(
         converted = apply_rules(state, TOKENIZER_RULES, {"num_tokens": arguments["num_tokens"]})
         return load_strict(tokenizer, converted, TOKENIZER_RULES, dtype=dtype)  # type: ignore[return-value]
     if "tok_embeddings.weight" in state:
-        arguments = transformer_arguments(state, read_options(config, llamagen.OPTION_NAMES, llamagen.TRANSFORMER_OPTIONS))
+        arguments = transformer_arguments(
+            state, read_options(config, llamagen.OPTION_NAMES, llamagen.TRANSFORMER_OPTIONS)
+        )
         with init_empty_weights():
             model = AutoregressiveModel(**arguments)
         rows = {"qkv_rows": llamagen.qkv_rows(arguments["transformer"])}
@@ -193,7 +197,9 @@ def tokenizer_arguments(state: Mapping[str, torch.Tensor], config: Mapping[str, 
     compare(options, found)
     told = {name: options[name] for name in _TOLD.values() if name in options}
     if not 1 <= told.get("num_tokens", 256) <= rows:
-        raise CheckpointShapeError(f"`num_tokens` must lie between 1 and the {rows} stored queries, got {told['num_tokens']}.")
+        raise CheckpointShapeError(
+            f"`num_tokens` must lie between 1 and the {rows} stored queries, got {told['num_tokens']}."
+        )
     return {
         **found,
         "query_dim": query_dim if "query_linear.weight" in state else None,
@@ -224,7 +230,9 @@ def _tokenizer_options(config: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in _FIXED.items():
         if config.get(name, value) != value:
             raise ValueError(f"`config` says {name} = {config[name]!r}: only {value!r} was published and is supported.")
-    return {names.get(name, name): value for name, value in config.items() if name not in _FIXED and name not in _IGNORED}
+    return {
+        names.get(name, name): value for name, value in config.items() if name not in _FIXED and name not in _IGNORED
+    }
 
 
 def load_single_file(

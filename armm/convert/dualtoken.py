@@ -118,7 +118,13 @@ _PROJECTIONS = {
 
 def _projection_rules(source: str, target: str) -> tuple[Rule, ...]:
     parts = tuple(f"{target}.{part}.weight" for part in ("to_q", "to_k", "to_v"))
-    names = {"norm1": "attention_norm", "norm2": "mlp_norm", "norm3": "proj_norm", "attn.proj": "to_out", "proj": "proj"}
+    names = {
+        "norm1": "attention_norm",
+        "norm2": "mlp_norm",
+        "norm3": "proj_norm",
+        "attn.proj": "to_out",
+        "proj": "proj",
+    }
     names |= {"mlp.norm": "inner_norm", "mlp.w0": "mlp.gate", "mlp.w1": "mlp.up", "mlp.w2": "mlp.down"}
     return (
         Rule(f"{source}.attn.qkv.weight", parts, split_thirds),
@@ -201,7 +207,9 @@ def _check_quantizers(options: Mapping[str, Any]) -> None:
             raise ValueError(f"{name} says bottleneck_type {kind!r}: only 'rq' and 'rq_ema' are supported.")
         latent, code = quantizer.get("latent_shape"), quantizer.get("code_shape")
         if latent and code and list(latent[:2]) != list(code[:2]):
-            raise ValueError(f"{name} puts latents of {latent} into codes of {code}: only one code place a latent is supported.")
+            raise ValueError(
+                f"{name} puts latents of {latent} into codes of {code}: only one code place a latent is supported."
+            )
 
 
 def arguments_of(state: Mapping[str, torch.Tensor], options: Mapping[str, Any]) -> dict[str, Any]:
@@ -210,10 +218,14 @@ def arguments_of(state: Mapping[str, torch.Tensor], options: Mapping[str, Any]) 
     tokens = shape(state, VISION + "embeddings.position_embedding.weight", 2)[0]
     side = math.isqrt(tokens)
     if side * side != tokens:
-        raise CheckpointShapeError(f"{VISION}embeddings.position_embedding.weight has {tokens} rows, which are no square image.")
+        raise CheckpointShapeError(
+            f"{VISION}embeddings.position_embedding.weight has {tokens} rows, which are no square image."
+        )
     image_size = options.get("image_size", 384 if (side, patch) == (27, 14) else side * patch)
     if image_size // patch != side:
-        raise CheckpointShapeError(f"`config` says image_size {image_size}, but the file has {side} x {side} patches of {patch}.")
+        raise CheckpointShapeError(
+            f"`config` says image_size {image_size}, but the file has {side} x {side} patches of {patch}."
+        )
     layers = count(state, re.escape(VISION) + r"encoder\.layers\.(\d+)\.")
     found = {
         "dim": dim,
@@ -223,7 +235,11 @@ def arguments_of(state: Mapping[str, torch.Tensor], options: Mapping[str, Any]) 
     }
     compare(options, found)
     shortcut = "prequant_shortcut.proj.weight" in state
-    told = {name: options[name] for name in ("pixel_layer", "semantic_layer", "shortcut_weight", "norm_groups") if name in options}
+    told = {
+        name: options[name]
+        for name in ("pixel_layer", "semantic_layer", "shortcut_weight", "norm_groups")
+        if name in options
+    }
     grid = options.get("decoder_grid") or [PUBLISHED_DECODER_GRIDS.get(side, side)] * 2
     return {
         **found,
@@ -259,7 +275,9 @@ def _codebooks(state: Mapping[str, torch.Tensor], options: Mapping[str, Any]) ->
         same += [torch.equal(first, state[f"{source}.codebooks.{level}.weight"]) for level in range(1, depth)]
     shared = options.get("shared_codebook", all(same))
     if shared and not all(same):
-        raise CheckpointShapeError("`config` says shared_codebook, but the depths of the file have different codebooks.")
+        raise CheckpointShapeError(
+            "`config` says shared_codebook, but the depths of the file have different codebooks."
+        )
     return {**arguments, "shared_codebook": bool(shared)}
 
 

@@ -109,8 +109,8 @@ def compare_tokenizers(
     Args:
         images: pictures in any form that `pipelines.images.pictures` reads.
         tokenizers: each what `armm.tokenizer` takes; a dict gives them names.
-        size: (height, width), or side, to which the pictures are cropped and resized, and at which they are compared. A tokenizer that wants
-            another size is given that; what it makes of it is resized back.
+        size: (height, width), or side, to which the pictures are cropped and resized, and at which they are compared. A tokenizer
+            that wants another size is given that; what it makes of it is resized back.
         batch_size: pictures at once.
         seed: of tokenizers that decode with noise; picture i has the generator of seed and i, so that it does not depend on the others.
         device: where to compute; None is where each tokenizer is.
@@ -125,7 +125,9 @@ def compare_tokenizers(
     named = named_tokenizers(tokenizers)
     given = pictures(images, "images")
     pixels = images_to_pixels(given, shape, "images")
-    rows = [reconstruct(model, pixels, name=name, batch_size=batch_size, seed=seed, device=device) for name, model in named]
+    rows = [
+        reconstruct(model, pixels, name=name, batch_size=batch_size, seed=seed, device=device) for name, model in named
+    ]
     return TokenizerComparison(pixels, rows)
 
 

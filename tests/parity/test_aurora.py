@@ -50,7 +50,9 @@ def test_there_are_cases():
 def test_every_recorded_array_is_reproduced(case):
     found = list(staged(checks(load(case), case.io), None))
     assert not all_problems(iter(found))
-    assert {check.name for check in found} | {"pixels", "decode_ids"} == set(case.io), "an array of the case is not checked"
+    assert {check.name for check in found} | {"pixels", "decode_ids"} == set(case.io), (
+        "an array of the case is not checked"
+    )
 
 
 @pytest.mark.parametrize("case", CASES)

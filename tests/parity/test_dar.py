@@ -115,12 +115,18 @@ def model_checks(pipe: DARPipeline, io: dict[str, torch.Tensor], config: dict[st
         match = re.fullmatch(r"filter_probs_t([\d.]+)(?:_k(\d+))?(?:_p([\d.]+))?", name)
         if match:
             sampler = Sampler(temperature=float(match[1]), top_k=int(match[2] or 0), top_p=float(match[3] or 1.0))
-            yield "ids", lambda name=name, sampler=sampler: Check(
-                name, sampler.filter(io["filter_logits"][:, -1].clone()).softmax(-1), io[name], atol=1e-5
+            yield (
+                "ids",
+                lambda name=name, sampler=sampler: Check(
+                    name, sampler.filter(io["filter_logits"][:, -1].clone()).softmax(-1), io[name], atol=1e-5
+                ),
             )
     codes = Codes(ids=io["greedy_cfg_linear"])
-    yield "pixels", lambda: Check(
-        "decoded_pixels", pipe.tokenizer.decode(codes, noise=io["decode_noise"]), io["decoded_pixels"], atol=5e-4
+    yield (
+        "pixels",
+        lambda: Check(
+            "decoded_pixels", pipe.tokenizer.decode(codes, noise=io["decode_noise"]), io["decoded_pixels"], atol=5e-4
+        ),
     )
 
 

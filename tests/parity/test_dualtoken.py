@@ -8,7 +8,16 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import Case, Check, all_problems, first_problem, hidden_by_group_norm, parity_root, staged, unnoticed_changes
+from harness import (
+    Case,
+    Check,
+    all_problems,
+    first_problem,
+    hidden_by_group_norm,
+    parity_root,
+    staged,
+    unnoticed_changes,
+)
 
 from armm.convert import convert
 from armm.convert.containers import load_state_dict
@@ -63,8 +72,14 @@ def checks(
     yield "pool", lambda: Check("pooled", model.pool(io["semantic_tokens"]), io["pooled"])
     yield "draw", lambda: Check("reconstruction", model.decode(codes), io["reconstruction"], atol=drawn)
     yield "draw", lambda: Check("random_reconstruction", model.decode(other), io["random_reconstruction"], atol=drawn)
-    yield "pool", lambda: Check("image_features_normalized", model.image_features(codes), io["image_features_normalized"])
-    yield "text", lambda: Check("text_features_normalized", model.text_features(io["text_ids"]), io["text_features_normalized"])
+    yield (
+        "pool",
+        lambda: Check("image_features_normalized", model.image_features(codes), io["image_features_normalized"]),
+    )
+    yield (
+        "text",
+        lambda: Check("text_features_normalized", model.text_features(io["text_ids"]), io["text_features_normalized"]),
+    )
     yield "text", lambda: Check("siglip_logits", model.similarity(codes, io["text_ids"]), io["siglip_logits"])
     last = "hidden_states_last_prequant"  # of the whole tower, semantic tokens in the place of a hidden state
     yield "pool", lambda: Check(last, model.rest_of_tower(io["semantic_tokens"]), io[last])
@@ -113,7 +128,8 @@ STAGES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_scaling_any_tensor_by_a_twentieth_is_noticed(case):
-    model, state = load(case, shared_codebook=False), load_state_dict(case.checkpoint)  # a tensor of each codebook in the file
+    model = load(case, shared_codebook=False)  # the file holds a codebook for each depth
+    state = load_state_dict(case.checkpoint)
     rules = rules_of(len(model.config.channel_multipliers))
 
     def changed(name: str) -> dict[str, torch.Tensor]:
@@ -127,7 +143,8 @@ def test_scaling_any_tensor_by_a_twentieth_is_noticed(case):
 
     def noticed(name: str) -> Iterator[Check]:
         # A bias of the queries in an attention of the decoder moves the pictures by half of their tolerance only.
-        return staged(checks(model, case.io, drawn=2e-5 if name else 1e-4), next((s for p, s in STAGES.items() if name.startswith(p)), "pixel"))
+        stage = next((stage for prefix, stage in STAGES.items() if name.startswith(prefix)), "pixel")
+        return staged(checks(model, case.io, drawn=2e-5 if name else 1e-4), stage)
 
     assert not unnoticed_changes(model, changes, noticed)
     assert first_problem(noticed("")) is None, "the scaled tensors were not restored"
