@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
@@ -94,7 +96,7 @@ class DARTokenizer(VisualTokenizer):
             )
         if not data_std > 0 or not time_shift > 0:
             raise ValueError(f"`data_std` and `time_shift` must be positive, got {data_std} and {time_shift}.")
-        options = {"mlp": "silu", "qk_norm": "layer", "branch_scale": 0.0}
+        options: dict[str, Any] = {"mlp": "silu", "qk_norm": "layer", "branch_scale": 0.0}
         self.patch_embedding = nn.Conv2d(in_channels, encoder_dim, patch_size, stride=patch_size)
         self.patch_norm = LayerNorm(encoder_dim, affine=False)
         self.queries = nn.Parameter(torch.randn(num_tokens, query_dim or encoder_dim))

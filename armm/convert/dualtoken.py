@@ -318,7 +318,8 @@ def prepare(state: Mapping[str, torch.Tensor], *, text: bool, shared: bool) -> d
 
     text: keep the text tower. shared: keep one codebook of all depths.
     """
-    kept, parts = {}, {}
+    kept: dict[str, torch.Tensor] = {}
+    parts: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
     for name, tensor in state.items():
         if _STATISTIC.fullmatch(name) or (shared and _DEEPER.fullmatch(name)):
             continue
