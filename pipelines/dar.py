@@ -178,6 +178,10 @@ class DARPipeline(LlamaGenPipeline):
         grid = self.transformer.grid
         self.check_number("shared_prefix", shared_prefix, low=0, high=grid[-1], integer=True)
         previewed = output_previews or callback_on_preview is not None
+        if shared_prefix and self.acceleration is not None:
+            raise ValueError(
+                "`shared_prefix` needs tokens drawn one after the other: call `disable_acceleration()` first."
+            )
         if previewed and output_type == "latent":
             raise ValueError("previews are images: use another `output_type` than 'latent'.")
         settings = self.check_settings(
@@ -210,6 +214,8 @@ class DARPipeline(LlamaGenPipeline):
         previews: list[Any] = []
 
         def show(ids: torch.Tensor) -> None:
+            if self.acceleration is not None:  # all ids, those that are not certain yet are -1
+                ids = ids[:, : int((ids >= 0).all(dim=0).long().cumprod(dim=0).sum())]
             while not decoding.finished and ids.shape[1] >= decoding.tokens_needed:
                 tokens = decoding.tokens_needed
                 decoding.step(ids)

@@ -160,6 +160,28 @@ def test_impossible_tokenizers_are_refused():
             build(**options)
 
 
+@torch.no_grad()
+def test_patches_may_leave_a_margin_and_be_resized_for_the_decoder():
+    """As at 384 pixels: 27 patches of 14, which are decoded from 24 x 24 cells."""
+    model = build(image_size=18, decoder_grid=[3, 3])
+    pixels = F.pad(PIXELS, (0, 2, 0, 2), value=0.5)
+    codes = model.encode(pixels)
+    assert codes.grid == (1, 4, 4) and model.required_size == (18, 18)
+    pixels[..., 17] = -1.0  # behind the last whole patch
+    assert torch.equal(model.encode(pixels).ids, codes.ids)
+    assert model.decode(codes).shape == (2, 3, 12, 12)
+    x = model.pixel_out(model.embed(codes)[..., 4:]).transpose(1, 2).unflatten(2, (4, 4))
+    shrunk = F.interpolate(x, size=(3, 3), mode="bilinear", align_corners=False)
+    torch.testing.assert_close(model.decode(codes), model.decoder(model.decoder_in(shrunk)))
+
+
+def test_the_published_configuration_is_the_default():
+    with torch.device("meta"):
+        model = DualTokenTokenizer()
+    assert model.vision.grid == (27, 27) and model.sub_codes == 16 and model.semantic_in.num_heads == 36
+    assert model.required_size == (384, 384) and model.decoder.levels[0].blocks[0].conv1.in_channels == 1024
+
+
 # ---------------------------------------------------------------------- the training script's file
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -129,8 +130,8 @@ def shifted_times(steps: int, shift: float) -> list[float]:
 
 def window_starts(steps: int, groups: int, tokens: int, window: int) -> list[int]:
     """The first token of the window that conditions each of `steps` steps: that of the nearest of `groups` groups."""
-    nearest = [(2 * step * groups + steps) // (2 * steps) for step in range(steps)]
-    return [min(tokens - window, group * tokens // groups) for group in nearest]
+    nearest = [math.floor(step / steps * groups + 0.5) for step in range(steps)]
+    return [min(tokens - window, int(group / groups * tokens)) for group in nearest]
 
 
 class ProgressiveDecoding:

@@ -10,9 +10,18 @@ import torch
 from tqdm.auto import tqdm
 
 from tokenizers_visual.base import VisualTokenizer
-from tokenizers_visual.vq_tokenizer import VQTokenizer
+from tokenizers_visual.loading import load_tokenizer as of_folder
 
-from .common import check_count, figures, fresh_scenes, load_pipeline, load_recogniser, picture_size, rendered
+from .common import (
+    check_count,
+    figures,
+    fresh_scenes,
+    load_pipeline,
+    load_recogniser,
+    picture_size,
+    rendered,
+    sample_generator,
+)
 from .metrics import psnr, ssim
 from .reading import Tally, compare
 from .recogniser import SceneRecogniser
@@ -56,7 +65,11 @@ def reconstruction(
     with tqdm(total=images, desc="reconstructing", unit="image", disable=not progress) as bar, torch.no_grad():
         for pixels, part in rendered(scenes, size, batch_size):
             codes = tokenizer.encode(pixels.to(device, next(tokenizer.parameters()).dtype))
-            restored = tokenizer.decode(codes).float().cpu().clamp(-1, 1)
+            generators = [
+                sample_generator(seed, bar.n + i) for i in range(len(pixels))
+            ]  # of decoders that begin with noise
+            restored = tokenizer.decode(codes, generator=generators).float()  # type: ignore[arg-type]
+            restored = restored.cpu().clamp(-1, 1)
             ratios.append(psnr(restored, pixels))
             similarities.append(ssim(restored, pixels))
             restored_tally.add(compare(judge.detect(restored).to("cpu"), part))
@@ -82,6 +95,6 @@ def load_tokenizer(model: Any = None) -> tuple[VisualTokenizer, int]:
     if isinstance(model, VisualTokenizer):
         return model.eval(), 64
     if isinstance(model, (str, Path)) and (Path(model) / "config.json").is_file():
-        return VQTokenizer.from_pretrained(model, torch_dtype=torch.float32).eval(), 64
+        return of_folder(model, torch.float32), 64
     pipe = load_pipeline("text-to-image", model)
     return pipe.tokenizer.eval(), picture_size(pipe)

