@@ -27,13 +27,17 @@ def tokenizer_class(name: str) -> type[VisualTokenizer]:
 
 
 def tokenizer_classes() -> list[str]:
-    """Names of all tokenizer classes, sorted."""
+    """Names of all tokenizer classes but abstract ones, sorted."""
     public = ((name, getattr(tokenizers_visual, name)) for name in tokenizers_visual.__all__)
     return [
         name
         for name, found in public
-        if isinstance(found, type) and issubclass(found, VisualTokenizer) and found is not VisualTokenizer
+        if isinstance(found, type) and issubclass(found, VisualTokenizer) and not _is_abstract(found)
     ]
+
+
+def _is_abstract(kind: type) -> bool:
+    return any(getattr(getattr(kind, name), "__isabstractmethod__", False) for name in vars(VisualTokenizer))
 
 
 def load_tokenizer(folder: str | Path, dtype: Any = None) -> VisualTokenizer:

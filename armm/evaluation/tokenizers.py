@@ -159,8 +159,9 @@ def name_of(tokenizer: str | Path | VisualTokenizer) -> str:
 
 def check_pictures(name: str, tokenizer: VisualTokenizer) -> VisualTokenizer:
     """`tokenizer`; a ValueError unless it codes color pictures."""
-    if tokenizer.is_video or tokenizer.config.in_channels != 3:
-        what = "videos" if tokenizer.is_video else f"maps of {tokenizer.config.in_channels} channels"
+    channels = tokenizer.config.get("in_channels", 3)
+    if tokenizer.is_video or channels != 3:
+        what = "videos" if tokenizer.is_video else f"maps of {channels} channels"
         raise ValueError(f"{name} ({type(tokenizer).__name__}) codes {what}, not pictures.")
     return tokenizer
 
