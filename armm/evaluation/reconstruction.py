@@ -66,7 +66,7 @@ def reconstruction(
         for pixels, part in rendered(scenes, size, batch_size):
             codes = tokenizer.encode(pixels.to(device, next(tokenizer.parameters()).dtype))
             generators = [
-                sample_generator(seed, bar.n + i) for i in range(len(pixels))
+                sample_generator(seed, int(bar.n) + i) for i in range(len(pixels))
             ]  # of decoders that begin with noise
             restored = tokenizer.decode(codes, generator=generators).float()  # type: ignore[arg-type]
             restored = restored.cpu().clamp(-1, 1)
