@@ -160,10 +160,12 @@ def published_tokenizer(entry: zoo.ZooEntry, dtype: Any, options: dict[str, Any]
             f"{entry.name} brings its tokenizer along with the model: take `armm.pipeline({entry.name!r}).tokenizer`."
         )
     own = entry if entry.task == "tokenizer" else zoo.get(str(entry.tokenizer))
-    file = fetch(own.repo, own.file, **options)
+    if "://" in own.repo:
+        raise ValueError(f"{own.name} is not on the hub: download {own.repo}/{own.file} and give the file.")
+    file = fetch(own.repo, own.file, **options) if own.file else fetch_snapshot(own.repo, **options)
     folder = converted_folder(own.name, [file], own.config)
     if not (folder / CONFIG_NAME).is_file():
-        logger.info("converting %s into %s", own.file, folder)
+        logger.info("converting %s into %s", own.file or own.repo, folder)
         converted = family_module(own.family).convert(file, config=own.config or None)
         with atomic_directory(folder) as temporary:
             converted.save_pretrained(temporary)

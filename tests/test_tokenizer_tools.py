@@ -55,6 +55,7 @@ def test_what_is_no_tokenizer_is_refused(folder, tmp_path):
         (tmp_path / "weights.pt", "armm convert"),
         (folder / "pipeline" / "transformer", "AutoregressiveModel"),
         ("janus-pro-1b", "brings its tokenizer"),
+        ("atoken-soc", "download https"),
     ):
         with pytest.raises(ValueError, match=words):
             armm.tokenizer(name)

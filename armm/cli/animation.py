@@ -41,20 +41,3 @@ def previews(stages: list[list[Image.Image]], size: int) -> tuple[list[Image.Ima
         tiles = [image.resize(shape, PILImage.Resampling.BICUBIC) for image in images]
         frames.append(image_grid(tiles, gap=4) if len(tiles) > 1 else tiles[0])
     return frames, [max(FRAME_MILLISECONDS, SHORTEST // len(frames))] * (len(frames) - 1) + [LAST_MILLISECONDS]
-
-
-def paint(pixels: Any, visible: Any, size: int) -> Image.Image:
-    """One frame: `pixels` uint8 [3, H, W] on a shorter side of `size`, cells not `visible` [h, w] neutral."""
-    from PIL import Image as PILImage
-    from PIL import ImageDraw
-
-    image = PILImage.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
-    factor = size / min(image.size)
-    image = image.resize((round(image.width * factor), round(image.height * factor)), PILImage.Resampling.BICUBIC)
-    draw = ImageDraw.Draw(image)
-    rows, columns = visible.shape
-    for row, column in (~visible).nonzero().tolist():
-        left, right = round(column * image.width / columns), round((column + 1) * image.width / columns) - 1
-        top, bottom = round(row * image.height / rows), round((row + 1) * image.height / rows) - 1
-        draw.rectangle((left, top, right, bottom), fill=NEUTRAL, outline=NEUTRAL_EDGE)
-    return image

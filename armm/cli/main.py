@@ -7,16 +7,11 @@ import os
 import sys
 from collections.abc import Sequence
 
-from armm.cli import bench, convert, demo, describe, evaluate, generate, info, train, zoo
+from armm.cli import bench, convert, demo, describe, evaluate, generate, info, reconstruct, train, zoo
 from armm.cli.common import Parser
 from armm.version import __version__
 
-GROUPS = (generate, describe, demo, train, evaluate, convert, zoo, bench, info)
-from armm.cli import bench, convert, describe, evaluate, generate, info, reconstruct, train, zoo
-from armm.cli.common import Parser
-from armm.version import __version__
-
-GROUPS = (generate, describe, reconstruct, train, evaluate, convert, zoo, bench, info)
+GROUPS = (generate, describe, reconstruct, demo, train, evaluate, convert, zoo, bench, info)
 
 DESCRIPTION = """\
 Autoregressive visual models: pictures from sentences, sentences from pictures.
