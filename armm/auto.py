@@ -160,6 +160,8 @@ def published_tokenizer(entry: zoo.ZooEntry, dtype: Any, options: dict[str, Any]
             f"{entry.name} brings its tokenizer along with the model: take `armm.pipeline({entry.name!r}).tokenizer`."
         )
     own = entry if entry.task == "tokenizer" else zoo.get(str(entry.tokenizer))
+    if own.is_restricted:
+        logger.warning("%s is under a licence with restrictions: %s", own.name, own.licence)
     if "://" in own.repo:
         raise ValueError(f"{own.name} is not on the hub: download {own.repo}/{own.file} and give the file.")
     file = fetch(own.repo, own.file, **options) if own.file else fetch_snapshot(own.repo, **options)

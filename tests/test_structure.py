@@ -35,7 +35,7 @@ ROOMS = {
     "training": ("armm.training",),
     "evaluation": ("armm.evaluation",),
     "convert": ("armm.convert",),
-    "zoo": ("armm.zoo", "armm.zoo_entry", "armm.auto"),
+    "zoo": ("armm.zoo", "armm.zoo_entry", "armm.zoo_unified", "armm.auto"),
     "serving": ("armm.serving",),
     "cli": ("armm.cli",),
 }
