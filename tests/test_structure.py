@@ -24,7 +24,7 @@ ROOMS = {
     "leaf": ("armm.version", "armm.weights", "armm.hub"),
     "nn": ("armm.nn",),
     "tokenizers": ("tokenizers_visual",),
-    "trunk": ("armm.transformer", "armm.cache", "armm.heads", "armm.model", "armm.model_base", "armm.condition",
+    "trunk": ("armm.transformer", "armm.cache", "armm.heads", "armm.model", "armm.model_base", "armm.model_layout", "armm.condition",
               "armm.next_scale_model", "armm.next_x_model", "armm.next_scale_flow_model", "armm.masked_latent_model",
               "armm.pivot_latent_model", "armm.multimodal_model"),  # fmt: skip
     "decoding": ("armm.decoding",),
