@@ -78,7 +78,7 @@ ATOKEN = {
     "patch_size": [2, 4, 4], "latent_channels": 6, "encoder_dim": 16, "encoder_layers": 1, "encoder_heads": 2, "encoder_mlp_hidden": 24,
     "decoder_dim": 16, "decoder_layers": 1, "decoder_heads": 1, "decoder_mlp_hidden": 20, "position_table": 4, "window_frames": 4,
 }  # fmt: skip
-KNOWN = [
+ENTRIES = [
     Entry(
         "VQTokenizer",
         {**CONV, "encoder_multipliers": [1, 2], "decoder_multipliers": [1, 2], "z_channels": 8, "codebook_size": 32, "codebook_dim": 4},
@@ -190,7 +190,6 @@ KNOWN = [
         paints=False,
     ),
 ]  # fmt: skip
-ENTRIES = [entry for entry in KNOWN if entry.name in tokenizers_visual.__all__]
 every_entry = pytest.mark.parametrize("entry", ENTRIES, ids=[entry.name for entry in ENTRIES])
 
 

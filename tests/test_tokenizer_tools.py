@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from tiny_dar import tiny_dar_pipeline, tiny_dar_tokenizer
 from tiny_llamagen import class_pipeline, tiny_tokenizer
+from tiny_semantic import seed_tokenizer
 
 import armm
 from armm.cli.main import main
@@ -113,6 +114,7 @@ def test_comparisons_that_make_no_sense_are_refused():
     depth = DepthVQTokenizer(base_channels=4, num_levels=2, codebook_size=4, codebook_dim=4, image_size=8)
     for arguments, words in (
         ((picture(8, 8), [depth]), "1 channels"),
+        ((picture(8, 8), [seed_tokenizer()]), "no decoder"),
         ((picture(8, 8), []), "empty"),
         (([], [tiny_tokenizer()]), "images"),
     ):

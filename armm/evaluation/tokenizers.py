@@ -17,6 +17,7 @@ from armm.auto import tokenizer as load
 from pipelines.images import images_to_pixels, pictures
 from tokenizers_visual.base import VisualTokenizer
 from tokenizers_visual.codes import Codes
+from tokenizers_visual.semantic import SemanticTokenizer
 
 from .common import check_count, sample_generator
 from .metrics import psnr, ssim
@@ -116,7 +117,7 @@ def compare_tokenizers(
         device: where to compute; None is where each tokenizer is.
 
     Raises:
-        ValueError: a tokenizer of videos or of depth, no tokenizer, sizes that are none.
+        ValueError: a tokenizer of videos, of depth or without a decoder, no tokenizer, sizes that are none.
     """
     check_count("batch_size", batch_size)
     shape = (size, size) if isinstance(size, int) else tuple(size)
@@ -159,6 +160,8 @@ def name_of(tokenizer: str | Path | VisualTokenizer) -> str:
 
 def check_pictures(name: str, tokenizer: VisualTokenizer) -> VisualTokenizer:
     """`tokenizer`; a ValueError unless it codes color pictures."""
+    if isinstance(tokenizer, SemanticTokenizer):
+        raise ValueError(f"{name} ({type(tokenizer).__name__}) has no decoder to pixels: there is nothing to compare.")
     channels = tokenizer.config.get("in_channels", 3)
     if tokenizer.is_video or channels != 3:
         what = "videos" if tokenizer.is_video else f"maps of {channels} channels"
