@@ -11,6 +11,7 @@ from PIL import Image
 
 import armm
 from armm import weights
+from pipelines.shipped import task_decodings
 
 PROMPT, OTHER = "a small red sphere to the left of a large blue cube", "two green cones at night"
 
@@ -89,3 +90,28 @@ def test_shipped_weights_are_safetensors_with_a_card(name):
 def test_shipped_weights_are_small():
     total = sum(path.stat().st_size for name in weights.names() for path in Path(weights.path(name)).rglob("*"))
     assert 0 < total <= 40e6
+
+
+# ---------------------------------------------------------------------- other decodings
+
+
+def test_every_decoding_of_a_task_is_shipped_and_draws():
+    offered = task_decodings("text-to-image")
+    assert offered[0] == "next_token" and {"neighboring", "token_shuffle", "next_x"} <= set(offered)
+    for name in offered[1:]:
+        pipe = armm.pipeline("text-to-image", decoding=name.replace("_", "-"))
+        pipe.set_progress_bar_config(disable=True)
+        image = pipe("a large red sphere", generator=torch.Generator().manual_seed(0)).images[0]
+        assert image.size == (64, 64), name
+    with pytest.raises(ValueError, match="next_token"):
+        armm.pipeline("text-to-image", decoding="random")
+
+
+def test_step_annealing_saves_steps_of_the_next_x_model():
+    pipe = armm.pipeline("text-to-image", decoding="next_x")
+    pipe.set_progress_bar_config(disable=True)
+    plain = pipe.decoding.num_calls(pipe.grid, pipe.generation_config["num_flow_steps"])
+    pipe.enable_acceleration(armm.StepAnnealing(12, 4))
+    assert pipe.decoding.num_calls(pipe.grid, pipe.generation_config["num_flow_steps"], pipe.acceleration) < plain / 2
+    pixels = pipe("a large red sphere", generator=torch.Generator().manual_seed(0), output_type="pt").images
+    assert pixels.shape == (1, 3, 64, 64) and pixels.isfinite().all()
