@@ -124,17 +124,22 @@ def plot(rows: dict[str, dict[str, Any]], batch: int, path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
     for name, row in rows.items():
         x, y = 1000 * row[f"seconds_batch_{batch}"] / batch, 100 * row["prompt_accuracy"]
-        axes.errorbar(x, y, yerr=100 * row["prompt_accuracy_standard_error"], fmt="o", capsize=3)
-        axes.annotate(f"{name}\n{row['calls']} calls", (x, y), textcoords="offset points", xytext=(8, -4), fontsize=9)
+        spread = 100 * row["prompt_accuracy_standard_error"]
+        axes.errorbar(x, y, yerr=spread, fmt="o", capsize=3, label=f"{name} ({row['calls']} calls)")
+    axes.legend(loc="lower left", fontsize=9)
     axes.set_xlabel(f"milliseconds a picture (batch {batch})")
     axes.set_ylabel("prompts right, %")
-    axes.set_xlim(left=0)
-    axes.margins(0.25)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(ticker.ScalarFormatter())
+    axes.xaxis.set_minor_formatter(ticker.NullFormatter())
+    axes.set_ylim(0, 100)
+    axes.margins(x=0.15)
     axes.grid(alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}")
@@ -147,7 +152,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=None, help="folder (default: the shipped models)")
     parser.add_argument("--decodings", nargs="+", metavar="NAME", help="default: all that are offered")
     parser.add_argument(
-        "--annealing", type=int, nargs=2, default=[20, 5], metavar=("UPPER", "LOWER"), help="steps of annealed rows (default: 20 5)"
+        "--annealing", type=int, nargs=2, default=[16, 4], metavar=("UPPER", "LOWER"), help="steps of annealed rows (default: 16 4)"
     )
     parser.add_argument("--prompts", type=int, default=500, help="held-out prompts (default: 500)")
     parser.add_argument("--seed", type=int, default=0, help="of the prompts and draws (default: 0)")
