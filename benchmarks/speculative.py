@@ -160,13 +160,15 @@ def plot(rows: dict[str, dict[str, Any]], batch: int, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    markers = {"SJD": "o", "GSD": "s", "LANTERN": "^"}
     for name, row in rows.items():
         if "prompt_accuracy" not in row:
             continue
         x, y = row[f"calls_batch_{batch}"], 100 * row["prompt_accuracy"]
-        axes.errorbar(x, y, yerr=100 * row["prompt_accuracy_standard_error"], fmt="o", capsize=3)
-        axes.annotate(name, (x, y), textcoords="offset points", xytext=(6, 4), fontsize=8)
+        marker = next((found for family, found in markers.items() if name.startswith(family)), "D")
+        axes.errorbar(x, y, yerr=100 * row["prompt_accuracy_standard_error"], fmt=marker, capsize=3, label=name)
+    figure.legend(loc="outside right upper", fontsize=9)
     axes.set_xlabel(f"calls of the transformer a picture (batch {batch})")
     axes.set_ylabel("prompts right, %")
     axes.set_xlim(left=0)
