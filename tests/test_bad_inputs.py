@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -155,10 +157,22 @@ def w(tmp_path_factory):
     world.cut_image = root / "cut.png"
     Image.effect_noise((64, 64), 50).save(world.cut_image)
     cut(world.cut_image)
+    world.huge_image = root / "huge.png"
+    world.huge_image.write_bytes(huge_png())
     world.full = root / "full"
     world.full.mkdir()
     (world.full / "something").write_text("x")
     return world
+
+
+def huge_png(side: int = 60000) -> bytes:
+    """A few bytes that claim to be a picture of `side` x `side` pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0" * 64)) + chunk(b"IEND", b"")
 
 
 def recipe_with(**overrides: Any) -> Callable[[Any], Any]:
@@ -250,6 +264,7 @@ UNIFIED = [
     Case("image nan", lambda w: w.read(np.full((32, 32, 3), np.nan, np.float32)), ValueError, "[0, 1]"),
     Case("image integers", lambda w: w.read(np.zeros((32, 32, 3), np.int64)), TypeError, "uint8"),
     Case("empty question", lambda w: w.read(w.picture, "?"), ValueError, "`question` is empty"),
+    Case("long question", lambda w: w.read(w.picture, "color " * 2000), ValueError, "shorten"),
     Case("question word", lambda w: w.read(w.picture, "where is the unicorn?"), ValueError, "unicorn"),
     Case(
         "questions",
@@ -522,6 +537,8 @@ COMMANDS = [
     ("image folder", "describe {out}", "is a folder"),
     ("image text", "describe {text_file}", "not a readable image"),
     ("image cut", "describe {cut_image}", "not a readable image"),
+    ("image huge", "describe {huge_image}", "not a readable image"),
+    ("long question", "describe {image} -q LONG --model {reader}", "shorten"),
     ("question", "describe {image} -q EMPTY", "--question"),
     ("no recipe", "train", "RECIPE"),
     ("unknown recipe", "train nothing", "no shipped recipe named 'nothing'"),
@@ -554,7 +571,7 @@ COMMANDS = [
 def test_bad_command_line_gets_one_line(line, says, w, capsys):
     paths = {name: value for name, value in vars(w).items() if isinstance(value, Path)}
     paths |= {"damaged": w.folders["cut weights"], "cut_file": w.files["cut"], "code_file": w.files["code"]}
-    words = {"PROMPT": PROMPT, "EMPTY": " "}
+    words = {"PROMPT": PROMPT, "EMPTY": " ", "LONG": "color " * 2000}
     arguments = [words.get(word, word.format(**paths)) for word in line.split()]
     before = listing(w.root)
     capsys.readouterr()
