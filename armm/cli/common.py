@@ -159,8 +159,8 @@ def read_image(path: str) -> Image.Image:
     if file.is_dir():
         raise IsADirectoryError(f"{path!r} is a folder, not an image file")
     try:
-        with Image.open(file) as image:
-            image = ImageOps.exif_transpose(image)
+        with Image.open(file) as opened:
+            image: Image.Image = ImageOps.exif_transpose(opened)
             if "A" in image.getbands() or "transparency" in image.info:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
