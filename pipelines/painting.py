@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -158,9 +159,9 @@ class PaintingPipeline(ARPipeline):
     image_decoder: Any = None
     _painting_generator: Generators = None
 
+    @abstractmethod
     def condition(self, codes: Codes) -> ImageCondition:
         """What a diffusion model paints the images of `codes` from."""
-        raise NotImplementedError
 
     def check_output_type(self, output_type: str) -> None:  # type: ignore[override]
         """Raises ValueError unless `output_type` is known and can be made with what is loaded."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import tempfile
 
@@ -18,16 +19,27 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a test process for each core: more th
 LOOPBACK = ("127.", "::1", "localhost", "0.0.0.0")
 
 
-def pytest_collection_modifyitems(config, items):
-    """Leaves the tests marked `gpu` out where torch sees no CUDA device."""
-    if not any(item.get_closest_marker("gpu") for item in items):
-        return
+def _has_cuda() -> bool:
     import torch
 
-    if not torch.cuda.is_available():
-        left_out = [item for item in items if item.get_closest_marker("gpu")]
-        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
-        config.hook.pytest_deselected(items=left_out)
+    return torch.cuda.is_available()
+
+
+def _has_browser() -> bool:
+    browsers = ("chromium", "chromium-browser", "google-chrome")
+    return shutil.which("chromedriver") is not None and any(map(shutil.which, browsers))
+
+
+NEEDS = {"gpu": _has_cuda, "browser": _has_browser}
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leaves tests out that are marked with a need that this machine does not meet."""
+    for marker, is_met in NEEDS.items():
+        left_out = [item for item in items if item.get_closest_marker(marker)]
+        if left_out and not is_met():
+            items[:] = [item for item in items if not item.get_closest_marker(marker)]
+            config.hook.pytest_deselected(items=left_out)
 
 
 @pytest.fixture(scope="session", autouse=True)
