@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from armm.condition import Condition
 from armm.heads.diffusion import build_diffusion_head
 from armm.model_base import TrunkModel
 from armm.nn.embedders import LabelEmbedding
+from armm.nn.positions import PositionTable, captioned_coordinates
 from armm.transformer import ARTransformer
 
 __all__ = ["MaskedLatentModel", "ModelMixin"]
@@ -34,7 +35,7 @@ class MaskedLatentModel(TrunkModel):
         num_classes: of the condition; class `num_classes` stands for "no class".
         condition_tokens: how many times the class embedding is fed, told apart by positions only; or the words of a caption.
         encoder, decoder: keyword arguments of `ARTransformer`, of one width; `learned_positions` and the encoder's `input_norm` are
-            filled in.
+            filled in. Three `rotary_axes` are (order of the word, row, column).
         head: `{"type": "mlp", **arguments}`, see `build_diffusion_head`.
         vocab_size: words, for models of captions, which have no classes (num_classes 0).
     """
@@ -98,6 +99,12 @@ class MaskedLatentModel(TrunkModel):
         rows = phases * (condition_tokens + self.sequence_length)
         self.encoder = _stack(encoder, "encoder", learned_positions=rows, input_norm=True)
         self.decoder = _stack(decoder, "decoder", learned_positions=rows)
+        if any(len(stack.rotary_axes) not in ((0,) if extra_tokens else (0, 3)) for stack in self.stacks):
+            raise ValueError(
+                "encoder and decoder must have no rotary_axes"
+                + ("" if extra_tokens else ", or three (order, row, column)")
+                + f", got {self.encoder.rotary_axes} and {self.decoder.rotary_axes}"
+            )
         dim = self.encoder.dim
         if self.decoder.dim != dim:
             raise ValueError(f"encoder and decoder must have one width, got {dim} and {self.decoder.dim}")
@@ -194,9 +201,12 @@ class MaskedLatentModel(TrunkModel):
         chosen = tokens.gather(1, kept[..., None].expand(-1, -1, tokens.shape[2]))
         return self._encode(self.token_projection(chosen.to(self.token_projection.weight.dtype)), kept, condition)
 
-    def decode(self, encoded: Tensor, kept: Tensor) -> Tensor:
-        """What `encode` gave -> hidden states [B, N, D] of all positions, which the head takes."""
-        return self._decode(encoded, kept)
+    def decode(self, encoded: Tensor, kept: Tensor, decoder: Callable[..., Tensor] | None = None) -> Tensor:
+        """What `encode` gave -> hidden states [B, N, D] of all positions, which the head takes.
+
+        decoder: a compiled form of the model's.
+        """
+        return self._decode(encoded, kept, decoder=decoder)
 
     def forward(self, tokens: Tensor, kept: Tensor, condition: Condition) -> Tensor:
         """Hidden states [B, N, D] of all positions, seeing only the tokens at `kept` [B, K]; see `encode`."""
@@ -204,22 +214,33 @@ class MaskedLatentModel(TrunkModel):
 
     def _encode(self, embeds: Tensor, kept: Tensor, condition: Condition, phase: int = 0, **options: Any) -> Tensor:
         """embeds: [B, K, D], of the positions `kept` [B, K] of the whole sequence."""
-        slots, offset = self.condition_tokens, phase * (self.condition_tokens + self.sequence_length)
-        front = torch.arange(slots, device=kept.device).expand(len(kept), -1)
-        positions = self.encoder.position_table(None, index=torch.cat([front, kept + slots], dim=1) + offset)
         embeds = torch.cat([condition.embeds.to(embeds.dtype), embeds], dim=1)
-        return self.encoder(embeds, positions=positions, **options)
+        return self.encoder(embeds, positions=self._positions(self.encoder, kept, phase), **options)
 
-    def _decode(self, encoded: Tensor, kept: Tensor, phase: int = 0, **options: Any) -> Tensor:
+    def _decode(
+        self, encoded: Tensor, kept: Tensor, phase: int = 0, decoder: Callable[..., Tensor] | None = None, **options: Any
+    ) -> Tensor:
         slots, length = self.condition_tokens, self.sequence_length
         x = self.decoder_projection(encoded)
         first = phase * length if len(self.mask_token) > 1 else 0
         blank = self.mask_token[first : first + (length if len(self.mask_token) > 1 else 1)].to(x.dtype)
         sequence = blank.expand(len(x), length, -1).scatter(1, kept[..., None].expand(-1, -1, x.shape[2]), x[:, slots:])
-        index = torch.arange(slots + length, device=kept.device) + phase * (slots + length)
-        positions = self.decoder.position_table(None, index=index)
-        hidden = self.decoder(torch.cat([x[:, :slots], sequence], dim=1), positions=positions, **options)
+        positions = self._positions(self.decoder, torch.arange(length, device=kept.device), phase)
+        run = decoder or self.decoder
+        hidden = run(torch.cat([x[:, :slots], sequence], dim=1), positions=positions, **options)
         return hidden[:, slots:] + self.output_position.to(hidden.dtype)
+
+    def _positions(self, stack: ARTransformer, places: Tensor, phase: int) -> PositionTable:
+        """The table of the condition and of `places` [K] or [B, K] in the sequence behind it."""
+        slots = self.condition_tokens
+        front = torch.arange(slots, device=places.device).expand(*places.shape[:-1], -1)
+        index = torch.cat([front, places + slots], dim=-1) + phase * (slots + self.sequence_length)
+        coordinates = None
+        if stack.rotary_axes:
+            height, width = (side // self.patch_size for side in self.grid)
+            cells = torch.stack([places // width, places % width], dim=-1).float()
+            coordinates = captioned_coordinates(slots, cells, (height, width))
+        return stack.position_table(coordinates, index=index)
 
 
 def _stack(config: Mapping[str, Any] | None, name: str, **filled: Any) -> ARTransformer:

@@ -14,7 +14,7 @@ from armm.condition import Condition
 from armm.heads.continuous import ContinuousHead
 from armm.model_base import TrunkModel
 from armm.nn.embedders import LabelEmbedding, TimeEmbedding
-from armm.nn.positions import PositionTable
+from armm.nn.positions import PositionTable, captioned_coordinates
 from armm.transformer import ARTransformer
 
 __all__ = ["ModelMixin", "NextXModel"]
@@ -131,13 +131,9 @@ class NextXModel(TrunkModel):
         """The table of `words` words followed by tokens at `coordinates` [N, 2] with the rows `index` [N]."""
         device = self.latent_projection.weight.device
         trunk = self.trunk
-        places: Tensor | None = coordinates.float().to(device)
+        places = coordinates.float().to(device)
         if len(trunk.rotary_axes) == 3:
-            # words count up to the picture, which has order 0, and stand at its middle
-            middle = torch.tensor([(side - 1) / 2 for side in self.grid], device=device).expand(words, 2)
-            order = torch.arange(-words, 0, dtype=torch.float32, device=device)[:, None]
-            picture = torch.nn.functional.pad(places, (1, 0))
-            places = torch.cat([torch.cat([order, middle], dim=1), picture])
+            places = captioned_coordinates(words, places, self.grid)
         elif words and trunk.rotary_axes:
             raise ValueError("words need three rotary_axes (order, row, column)")
         rows = index.to(device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from diffusers.configuration_utils import register_to_config
@@ -122,9 +122,9 @@ class PivotLatentModel(MaskedLatentModel):
         sequence = torch.cat([pivots.to(embeds.dtype), embeds], dim=1)
         return self._encode(sequence, self._places(kept), condition, PICTURE, modulation=self._task(PICTURE))
 
-    def decode(self, encoded: Tensor, kept: Tensor) -> Tensor:
+    def decode(self, encoded: Tensor, kept: Tensor, decoder: Callable[..., Tensor] | None = None) -> Tensor:
         """What `encode` gave -> hidden states [B, N, D] of the picture's tokens."""
-        hidden = self._decode(encoded, self._places(kept), PICTURE, modulation=self._task(PICTURE))
+        hidden = self._decode(encoded, self._places(kept), PICTURE, decoder, modulation=self._task(PICTURE))
         return hidden[:, self.num_pivots :]
 
     def forward(self, tokens: Tensor, kept: Tensor, condition: Condition, pivots: Tensor | None = None) -> Tensor:

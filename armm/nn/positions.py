@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -127,6 +128,17 @@ def image_layout(prefix: int, *sizes: int) -> PositionLayout:
     coordinates = torch.cat([torch.zeros(prefix, len(sizes), device="cpu"), cells])
     zero = torch.arange(prefix + len(cells), device="cpu") < prefix
     return PositionLayout(coordinates, zero if prefix else None)
+
+
+def captioned_coordinates(words: int, cells: Tensor, grid: Sequence[int]) -> Tensor:
+    """`words` words before tokens at `cells` [..., N, 2] of a grid (height, width) -> [..., words + N, 3]: (order, row, column).
+
+    As in `unified_layout`: the words count up to the picture, which has order 0, and stand at its middle.
+    """
+    middle = torch.tensor([(side - 1) / 2 for side in grid], device=cells.device).expand(words, 2)
+    order = torch.arange(-words, 0, dtype=torch.float32, device=cells.device)[:, None]
+    text = torch.cat([order, middle], dim=1).expand(*cells.shape[:-2], -1, -1)
+    return torch.cat([text, torch.nn.functional.pad(cells, (1, 0))], dim=-2)
 
 
 def unified_layout(text_slots: int, height: int, width: int, answer_slots: int) -> PositionLayout:

@@ -14,6 +14,7 @@ from torch import nn
 from armm.decoding.base import Trunk
 from armm.model_base import TrunkModel
 from armm.nn.int8_weights import pack_file
+from armm.training.recipe import Recipe
 from armm.training.task import TrainingTask, cast_weights, fresh_copy
 
 from .unified_rows import save_captioned_grid
@@ -35,7 +36,10 @@ class CaptionedImagesTask(TrainingTask):
     settings: dict[str, Any]
     data: dict[str, Any]
     unseen_prompts: list[str]
-    _compiled: Trunk | None = None
+
+    def __init__(self, recipe: Recipe) -> None:
+        super().__init__(recipe)
+        self._compiled: dict[nn.Module, Trunk] = {}
 
     @abstractmethod
     def pipeline(self) -> Any:
@@ -44,14 +48,13 @@ class CaptionedImagesTask(TrainingTask):
     def hidden_matrices(self) -> list[nn.Parameter]:
         return [p for p in self.model.trunk.blocks.parameters() if p.ndim == 2]
 
-    def training_trunk(self) -> Trunk:
-        """The trunk as the loss calls it: compiled in training, if the recipe wants it."""
-        trunk = self.model.trunk
+    def in_training(self, module: nn.Module) -> Trunk:
+        """A part of the model as the loss calls it: compiled in training, if the recipe wants it."""
         if not (self.settings["compile"] and self.module.training):
-            return trunk
-        if self._compiled is None:
-            self._compiled = torch.compile(trunk.forward, dynamic=False)
-        return self._compiled
+            return module
+        if module not in self._compiled:
+            self._compiled[module] = torch.compile(module.forward, dynamic=False)
+        return self._compiled[module]
 
     def sample(self, path: Path) -> None:
         generators = [torch.Generator().manual_seed(index) for index in range(len(self.unseen_prompts))]

@@ -10,11 +10,13 @@ from torch import Tensor, nn
 from armm.decoding.masked import MaskedLatentDecoding
 from armm.decoding.solvers.losses import diffusion_losses
 from armm.masked_latent_model import MaskedLatentModel
+from armm.model import AutoregressiveModel
 from armm.training.recipe import Recipe, take
 from armm.training.task import Batch
 from pipelines.mar_text_to_image import MARTextToImagePipeline
 
 from .captioned_latents import CaptionedLatentsTask
+from .latent_start import start_masked_latents_from_unified
 
 # The share of the tokens that is masked: a normal truncated to [0.7, 1] (MAR, section 4.1).
 _MEAN_SHARE, _SPREAD, _LEAST = 1.0, 0.25, 0.7
@@ -23,10 +25,11 @@ _MEAN_SHARE, _SPREAD, _LEAST = 1.0, 0.25, 0.7
 class MaskedLatentTask(CaptionedLatentsTask):
     """Recipe mappings:
 
-    model: `text_slots` (words of a prompt), `encoder` and `decoder` (arguments of `ARTransformer`; `learned_positions` is filled in),
-        `head` (of `MaskedLatentModel`), `patch_size`, `decoding` (arguments of `MaskedLatentDecoding`), `repeat` (noise levels that
-        the head is trained with for each hidden state), `compile` (no stack of this model is compiled), `generation` (generation config
-        of the export).
+    model: `text_slots` (words of a prompt), `start` (directory of the trained transformer of a unified model of the same widths and
+        vocabulary, with as many blocks as `encoder` and `decoder` together, whose blocks and words are taken over), `encoder` and
+        `decoder` (arguments of `ARTransformer`; `learned_positions` is filled in), `head` (of `MaskedLatentModel`), `patch_size`,
+        `decoding` (arguments of `MaskedLatentDecoding`), `repeat` (noise levels that the head is trained with for each hidden
+        state), `compile` (decoder and head; needs a C++ compiler), `generation` (generation config of the export).
     data: see `CaptionedLatentsTask.read_data`.
     """
 
@@ -38,6 +41,7 @@ class MaskedLatentTask(CaptionedLatentsTask):
             recipe.model,
             "model",
             text_slots=32,
+            start=None,
             encoder={},
             decoder={},
             head={"type": "mlp"},
@@ -52,8 +56,6 @@ class MaskedLatentTask(CaptionedLatentsTask):
                 "head_steps": 50,
             },
         )
-        if self.settings["compile"]:
-            raise ValueError("`model.compile` must be false: the shapes of this model change with every batch.")
         self.read_data(recipe)
         try:
             self.decoding = MaskedLatentDecoding(**self.settings["decoding"])
@@ -70,42 +72,43 @@ class MaskedLatentTask(CaptionedLatentsTask):
             head=self.settings["head"],
             vocab_size=len(self.words),
         )
+        if self.settings["start"]:
+            other = AutoregressiveModel.from_pretrained(self.settings["start"])
+            start_masked_latents_from_unified(self.model, other, len(self.words))
         self.module = nn.ModuleDict({"model": self.model})
 
     def hidden_matrices(self) -> list[nn.Parameter]:
         return [p for stack in self.model.stacks for p in stack.blocks.parameters() if p.ndim == 2]
 
     def draws(self, count: int, generator: torch.Generator) -> Batch:
-        """kept and masked [B, K] and [B, N - K], positions; timesteps [B, R * (N - K)] and noise [B, R * (N - K), C'], R levels each."""
+        """kept [B, K]; masked [B, N], bool; timesteps [B, R * N] and noise [B, R * N, C'], R levels for each token."""
         tokens, repeat = self.model.num_tokens, int(self.settings["repeat"])
         share = torch.nn.init.trunc_normal_(torch.empty(1), _MEAN_SHARE, _SPREAD, _LEAST, 1.0, generator=generator)
-        masked = min(tokens, max(1, int((share * tokens).ceil())))
+        number = min(tokens, max(1, int((share * tokens).ceil())))
         order = torch.rand(count, tokens, generator=generator).argsort(1)
-        places = repeat * masked
+        kept = order[:, : tokens - number].sort(1).values
         return {
-            "kept": order[:, : tokens - masked].sort(1).values,
-            "masked": order[:, tokens - masked :],
-            "timesteps": torch.randint(self.decoding.solver.num_train_timesteps, (count, places), generator=generator),
-            "noise": torch.randn(count, places, self.model.token_channels, generator=generator),
+            "kept": kept,
+            "masked": torch.ones(count, tokens, dtype=torch.bool).scatter(1, kept, False),
+            "timesteps": torch.randint(self.decoding.solver.num_train_timesteps, (count, repeat * tokens), generator=generator),
+            "noise": torch.randn(count, repeat * tokens, self.model.token_channels, generator=generator),
         }
 
     def batch_loss(self, batch: Batch) -> Tensor:
-        model, repeat = self.model, int(self.settings["repeat"])
+        """The mean over masked tokens. The head runs over all of them, so that its shapes, compiled once, are always the same."""
+        model, repeat, kept = self.model, int(self.settings["repeat"]), batch["kept"]
         tokens = model.patchify(batch["latents"])
-        hidden = model(tokens, batch["kept"], model.caption_condition(batch["captions"]))
-
-        def chosen(values: Tensor) -> Tensor:
-            index = batch["masked"][..., None].expand(-1, -1, values.shape[2])
-            return values.gather(1, index).repeat(1, repeat, 1)
-
-        head = model.head
-        condition = head.condition(chosen(hidden))
+        encoded = model.encode(tokens, kept, model.caption_condition(batch["captions"]))
+        hidden = model.decode(encoded, kept, self.in_training(model.decoder))
+        head, run = model.head, self.in_training(model.head)
+        condition = head.condition(hidden).repeat(1, repeat, 1)
 
         def predict(x: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor | None]:
-            return head.split(head(x, timesteps, condition))
+            return head.split(run(x, timesteps, condition))
 
-        solver = self.decoding.solver
-        return diffusion_losses(solver, predict, chosen(tokens), batch["timesteps"], batch["noise"]).total.mean()
+        target = tokens.repeat(1, repeat, 1)
+        losses = diffusion_losses(self.decoding.solver, predict, target, batch["timesteps"], batch["noise"])
+        return losses.total[batch["masked"].repeat(1, repeat)].mean()
 
     def pipeline(self) -> Any:
         """The model as it stands, as a pipeline."""

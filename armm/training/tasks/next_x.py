@@ -14,7 +14,7 @@ from armm.training.task import Batch
 from pipelines.next_x_text_to_image import NextXTextToImagePipeline
 
 from .captioned_latents import CaptionedLatentsTask
-from .next_x_start import start_from_unified
+from .latent_start import start_from_unified
 
 
 class NextXTask(CaptionedLatentsTask):
@@ -75,7 +75,7 @@ class NextXTask(CaptionedLatentsTask):
             batch["latents"],
             times=batch["times"],
             noise=batch["noise"],
-            trunk=self.training_trunk(),
+            trunk=self.in_training(self.model.trunk),
         )
 
     def pipeline(self) -> NextXTextToImagePipeline:

@@ -253,13 +253,13 @@ class UnifiedTask(CaptionedImagesTask):
 
     def _infilling_loss(self, batch: Batch) -> Tensor:
         prompts = batch["drawing"][: len(batch["holed"])]
-        return holed_loss(self.model, prompts, batch, len(self.words), self.training_trunk())
+        return holed_loss(self.model, prompts, batch, len(self.words), self.in_training(self.model.trunk))
 
     def _drawing_loss(self, batch: Batch) -> Tensor:
         words = len(self.words)
         codes, condition = batch["drawing_codes"], self.model.prefix_condition(batch["drawing"])
         logits = self.decoding.image_logits(
-            self.model, codes + words, condition, low=words, trunk=self.training_trunk()
+            self.model, codes + words, condition, low=words, trunk=self.in_training(self.model.trunk)
         )
         return F.cross_entropy(logits.flatten(0, 1), codes.flatten())
 
@@ -284,7 +284,7 @@ class UnifiedTask(CaptionedImagesTask):
         prompt = torch.cat([self._null(len(codes)), image], 1).to(codes.device)
         embeds = [model.embed(prompt), model.embed_image(codes + len(self.words)), model.embed(texts)]
         table = model.positions_for(self.reading_positions)
-        output = self.training_trunk()(torch.cat(embeds, 1), positions=table, mask=self.reading_mask[None, None])
+        output = self.in_training(self.model.trunk)(torch.cat(embeds, 1), positions=table, mask=self.reading_mask[None, None])
         return (output[0] if isinstance(output, tuple) else output)[:, -texts.shape[1] :]
 
     # ------------------------------------------------------------------ figures, pictures, weights
