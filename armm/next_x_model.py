@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from diffusers.configuration_utils import register_to_config
@@ -35,6 +36,7 @@ class NextXModel(TrunkModel):
         transformer: keyword arguments of `ARTransformer`; `modulation` ("block") and `input_norm` are filled in. With
             `learned_positions`, row i belongs to cell i of the grid in raster order; tokens of coarser scales and words follow.
             With three `rotary_axes`, they are (order of the word, row, column), else (row, column).
+        entities: [entity, size] of all that it was trained to predict, see `NextXDecoding`; None: not known.
     """
 
     _skip_layerwise_casting_patterns = ["norm", "position", "embedding"]
@@ -48,6 +50,7 @@ class NextXModel(TrunkModel):
         vocab_size: int = 0,
         text_length: int = 0,
         transformer: dict | None = None,
+        entities: Sequence[Sequence[Any]] | None = None,
     ) -> None:
         super().__init__()
         sizes = {"latent_channels": latent_channels, "num_classes": num_classes}

@@ -26,6 +26,9 @@ EXAMPLE_DOC_STRING = """
 
         >>> pipe = armm.NextXTextToImagePipeline.from_pretrained("runs/scenes-next-x-cell-64/export")
         >>> image = pipe("a small red sphere to the left of a large blue cube", num_flow_steps=20).images[0]
+
+        >>> pipe.transformer.config.entities  # what it was trained to predict; any of them may be chosen
+        >>> pipe.decoding = armm.NextXDecoding.from_config(pipe.decoding.config, entity="subsample", size=2)
         ```
 """
 

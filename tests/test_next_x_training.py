@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from armm.decoding import NextXDecoding
 from armm.evaluation.common import load_pipeline
 from armm.masked_latent_model import MaskedLatentModel
 from armm.model import AutoregressiveModel
@@ -22,7 +23,8 @@ from pipelines.next_x_text_to_image import NextXTextToImagePipeline
 from tokenizers_visual.kl_tokenizer import KLTokenizer
 from tokenizers_visual.vq_tokenizer import VQTokenizer
 
-RECIPES = sorted((Path(__file__).resolve().parents[1] / "recipes").glob("scenes-next-x-*.yaml"))
+RECIPES = sorted((Path(__file__).resolve().parents[1] / "recipes").glob("scenes-next-x-*-64.yaml"))
+MIXED = RECIPES[0].parent / "scenes-next-x-64.yaml"
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +85,39 @@ def test_every_recipe_trains_and_its_export_draws(path, root):
 
 def test_there_is_a_recipe_for_every_entity():
     assert {path.stem.split("-")[3] for path in RECIPES} == {"patch", "cell", "subsample", "scale", "image"}
+
+
+def test_one_model_learns_every_entity_and_draws_with_any(root):
+    task = build_task(tiny(MIXED, root))
+    task.prepare(torch.device("cpu"))
+    sizes = {int(batch["kind"]): batch["times"].shape[1] for batch in (task.batch(step, 2, 0) for step in range(30))}
+    assert sizes == {0: 64, 1: 4, 2: 4, 3: 4, 4: 1}
+    assert all(task.batch_loss(task.batch(step, 2, 0)).isfinite() for step in range(8))
+    pipe = load_pipeline("text-to-image", run(tiny(MIXED, root), progress=False))
+    assert pipe.transformer.config.entities[0] == ["patch", 1] and pipe.decoding.config.entity == "cell"
+    pictures = []
+    for entity, size in pipe.transformer.config.entities[1:]:
+        pipe.decoding = NextXDecoding.from_config(pipe.decoding.config, entity=entity, size=size)
+        pictures.append(pipe("a cone", generator=torch.Generator().manual_seed(0), output_type="pt").images)
+    assert all(not torch.equal(pictures[0], other) for other in pictures[1:])
+    for overrides, message in (
+        ({"model.entities": [{"entity": "image", "size": 1}]}, "must contain that of `model.decoding`"),
+        ({"model.entities": [{"shape": "image"}]}, "model.entities"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            build_task(tiny(MIXED, root, **overrides))
+
+
+def test_a_next_x_model_can_go_on_with_other_entities(root):
+    export = run(tiny(RECIPES[0], root, output=str(root / "first")), progress=False)
+    task = build_task(tiny(MIXED, root, **{"model.start": str(export / "transformer"), "output": str(root / "second")}))
+    first, second = NextXModel.from_pretrained(export / "transformer").state_dict(), task.model.state_dict()
+    places = "trunk.position_embedding.weight"
+    assert all(torch.equal(first[name], second[name]) for name in second if name != places)
+    slots = task.text_slots
+    assert len(second[places]) == 64 + 21 + slots and len(first[places]) == 64 + slots
+    assert torch.equal(second[places][:64], first[places][:64])
+    assert torch.equal(second[places][-slots:], first[places][-slots:])
 
 
 def test_batches_are_what_they_say(root):

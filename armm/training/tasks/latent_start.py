@@ -57,6 +57,22 @@ def start_from_unified(model: NextXModel, other: AutoregressiveModel, words: int
 
 
 @torch.no_grad()
+def start_from_next_x(model: NextXModel, other: NextXModel, words: int) -> list[str]:
+    """Copies into `model` what `other` has, the learned positions of words and cells too where one of them has coarser scales besides.
+
+    Args, returns: see `start_from_unified`.
+    """
+    _check(model, other, words)
+    stored = dict(other.state_dict())
+    places, theirs = model.state_dict()[_POSITIONS].clone(), stored[_POSITIONS]
+    both = min(len(places), len(theirs)) - model.text_length
+    places[:both] = theirs[:both]
+    places[len(places) - model.text_length :] = theirs[len(theirs) - model.text_length :]
+    stored[_POSITIONS] = places
+    return _copy(model, stored)
+
+
+@torch.no_grad()
 def start_masked_latents_from_unified(model: MaskedLatentModel, other: AutoregressiveModel, words: int) -> list[str]:
     """Copies into `model` the blocks of `other`, the first of them into the encoder, the rest into the decoder, its words and its
     learned positions. Without a last norm of the encoder the two stacks begin as the one of `other`; new are what goes in and
@@ -88,10 +104,11 @@ def start_masked_latents_from_unified(model: MaskedLatentModel, other: Autoregre
     return _copy(model, stored)
 
 
-def _check(model: MaskedLatentModel | NextXModel, other: AutoregressiveModel, words: int) -> None:
-    if model.vocab_size != words or model.text_length != other.text_slots or model.grid != tuple(other.grid):
+def _check(model: MaskedLatentModel | NextXModel, other: AutoregressiveModel | NextXModel, words: int) -> None:
+    slots = other.text_length if isinstance(other, NextXModel) else other.text_slots
+    if model.vocab_size != words or model.text_length != slots or model.grid != tuple(other.grid):
         raise ValueError(
-            f"`model.start` is of {words} words, {other.text_slots} text slots and a grid of {tuple(other.grid)}, the model of "
+            f"`model.start` is of {words} words, {slots} text slots and a grid of {tuple(other.grid)}, the model of "
             f"{model.vocab_size}, {model.text_length} and {model.grid}: they must be the same."
         )
 
