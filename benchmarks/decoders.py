@@ -1,9 +1,9 @@
 """The decodings of the scenes model, in one run: ``python benchmarks/decoders.py [--json FILE] [--plot FILE]``.
 
 Every decoding draws the same held-out prompts once and, where the model can judge its own pictures, once with the best of several
-candidates kept; decodings of continuous tokens draw once more with step annealing. Calls of the transformer and seconds say what a
-picture costs; prompt following (read by the recogniser) and the Frechet distance of the recogniser's features to fresh renders say
-what it is worth.
+candidates kept; decodings of continuous tokens draw once more with step annealing, and a next-X model with every entity it knows.
+Calls of the transformer, steps of the head where it denoises, and seconds say what a picture costs; prompt following (read by the
+recogniser) and the Frechet distance of the recogniser's features to fresh renders say what it is worth.
 """
 
 from __future__ import annotations
@@ -43,11 +43,19 @@ def variants(options: argparse.Namespace) -> Iterator[tuple[str, Any]]:
     known = task_decodings(TASK) if folder is None else decodings.offered(folder, loading.read_index(folder))
     for name in options.decodings or known:
         pipe = load(folder, name, options.device)
+        entities = list(pipe.transformer.config.get("entities") or ())
+        own = [pipe.decoding.config.get("entity"), pipe.decoding.config.get("size")]
+        name = f"{name}, {own[0]}" if entities else name
         yield name, pipe
         if armm.StepAnnealing in type(pipe)._accelerations:
-            upper, lower = options.annealing
+            upper, lower = options.annealing if isinstance(pipe.decoding, armm.NextXDecoding) else options.head_annealing
             pipe.enable_acceleration(armm.StepAnnealing(upper, lower))
             yield f"{name}, annealed {upper} to {lower}", pipe
+            pipe.disable_acceleration()
+        for entity, size in entities:
+            if [entity, size] != own:
+                pipe.decoding = armm.NextXDecoding.from_config(pipe.decoding.config, entity=entity, size=size)
+                yield f"{name.partition(',')[0]}, {entity}", pipe
 
 
 def judges_itself(pipe: Any) -> bool:
@@ -59,11 +67,17 @@ def single_draws(pipe: Any) -> dict[str, Any]:
     return {"num_candidates": 1} if judges_itself(pipe) else {}
 
 
-def calls_of(pipe: Any) -> int:
-    """Calls of the transformer for a picture."""
-    if not judges_itself(pipe):
-        return pipe.decoding.num_calls(pipe.grid, pipe.generation_config["num_flow_steps"], pipe.acceleration)
-    return pipe.decoding.num_calls(pipe.transformer.grid)
+def calls_of(pipe: Any) -> tuple[int, int | None]:
+    """For a picture: calls of the transformer, and steps of a head that denoises (None where nothing is denoised)."""
+    settings, decoding = pipe.generation_config, pipe.decoding
+    if isinstance(decoding, armm.NextXDecoding):  # the transformer itself denoises
+        calls = decoding.num_calls(pipe.grid, settings["num_flow_steps"], pipe.acceleration)
+        return calls, calls
+    if isinstance(decoding, armm.MaskedLatentDecoding):
+        calls = settings["num_inference_steps"]
+        schedule = decoding.head_schedule(calls, settings["head_steps"], pipe.acceleration)
+        return calls, sum(decoding.solver.num_calls(**step) for step in schedule)
+    return decoding.num_calls(pipe.transformer.grid), None
 
 
 def seconds_per_batch(pipe: Any, batch: int, repeats: int) -> float:
@@ -81,10 +95,12 @@ def seconds_per_batch(pipe: Any, batch: int, repeats: int) -> float:
 
 def measure(pipe: Any, options: argparse.Namespace) -> dict[str, Any]:
     tokens = pipe.transformer.grid[0] * pipe.transformer.grid[1]
+    calls, head_steps = calls_of(pipe)
     record: dict[str, Any] = {
         "strategy": type(pipe.decoding).__name__,
         "tokens": tokens,
-        "calls": calls_of(pipe),
+        "calls": calls,
+        "head_steps": head_steps,
         "parameters": sum(parameter.numel() for parameter in pipe.transformer.parameters()),
     }
     for batch in options.batches:
@@ -104,11 +120,11 @@ def measure(pipe: Any, options: argparse.Namespace) -> dict[str, Any]:
 
 def table(rows: dict[str, dict[str, Any]], batches: list[int], candidates: int) -> str:
     """The figures as a markdown table."""
-    heads = ["decoding", "calls", "parameters", *(f"ms a picture, batch {n}" for n in batches), f"tokens/s, batch {batches[-1]}"]
-    heads += ["prompts right", f"best of {candidates}", "Frechet distance"]
+    heads = ["decoding", "calls", "head steps", "parameters", *(f"ms a picture, batch {n}" for n in batches)]
+    heads += [f"tokens/s, batch {batches[-1]}", "prompts right", f"best of {candidates}", "Frechet distance"]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for name, row in rows.items():
-        cells = [name, str(row["calls"]), f"{row['parameters'] / 1e6:.1f} M"]
+        cells = [name, str(row["calls"]), str(row["head_steps"] or ""), f"{row['parameters'] / 1e6:.1f} M"]
         cells += [f"{1000 * row[f'seconds_batch_{n}'] / n:.1f}" for n in batches]
         cells += [f"{row[f'tokens_per_second_batch_{batches[-1]}']:.0f}"]
         for kind in ("prompt_accuracy", "best_prompt_accuracy"):
@@ -153,6 +169,14 @@ def main() -> None:
     parser.add_argument("--decodings", nargs="+", metavar="NAME", help="default: all that are offered")
     parser.add_argument(
         "--annealing", type=int, nargs=2, default=[16, 4], metavar=("UPPER", "LOWER"), help="steps of annealed rows (default: 16 4)"
+    )
+    parser.add_argument(
+        "--head-annealing",
+        type=int,
+        nargs=2,
+        default=[50, 5],
+        metavar=("UPPER", "LOWER"),
+        help="the same for diffusion heads (default: 50 5, what its authors ran MAR with)",
     )
     parser.add_argument("--prompts", type=int, default=500, help="held-out prompts (default: 500)")
     parser.add_argument("--seed", type=int, default=0, help="of the prompts and draws (default: 0)")

@@ -90,24 +90,26 @@ class ARPipeline(DiffusionPipeline):
             hub_keys = ("cache_dir", "force_download", "local_files_only", "token", "revision", "variant")
             folder = Path(cls.download(name, **{key: kwargs[key] for key in hub_keys if key in kwargs}))
         index = loading.read_index(folder)
-        target = loading.pipeline_class(index, folder) if cls is ARPipeline else cls
-        if index["_class_name"] not in (target.__name__, *target.interchangeable):
-            raise ValueError(
-                f"{name} holds a {index['_class_name']}, not a {target.__name__}: load it with "
-                f"`armm.{index['_class_name']}.from_pretrained` or with `armm.pipeline`, which reads the class from the directory."
-            )
-        loading.import_component_modules(index)
         offer = None
         if isinstance(kwargs.get("decoding"), str):
             offer = decodings.load(folder, index, kwargs.pop("decoding"), kwargs.get("dtype"))
+        stored = (index if offer is None else offer[1])["_class_name"]
+        target = loading.pipeline_class({"_class_name": stored}, folder) if cls is ARPipeline else cls
+        if stored not in (target.__name__, *target.interchangeable):
+            raise ValueError(
+                f"{name} holds a {stored}, not a {target.__name__}: load it with `armm.{stored}.from_pretrained` or with "
+                "`armm.pipeline`, which reads the class from the directory."
+            )
+        loading.import_component_modules(index)
+        if offer is not None:
             kwargs |= {part: component for part, component in offer[2].items() if part not in kwargs}
+            kwargs.setdefault("generation_config", offer[1].get("generation_config"))
         loading.check_component_files(folder, index, skip=set(kwargs), variant=kwargs.get("variant"))
         pipe = DiffusionPipeline.from_pretrained.__func__(target, str(folder), **kwargs)
         if kwargs.get("quantization_config") is None:
             loading.check_loaded_weights(pipe, folder, index, skip=set(kwargs), variant=kwargs.get("variant"))
         if offer is not None and offer[2]:
             loading.check_loaded_weights(pipe, offer[0], offer[1], skip=set(), variant=None)
-            pipe.register_generation_config(offer[1].get("generation_config"))
         pipe.register_to_config(_name_or_path=name)
         pipe.fuse_projections()
         return pipe

@@ -1,7 +1,7 @@
 """The decodings that a checkpoint offers beside its own: `decodings/<name>/` in its directory.
 
 Such a folder has what changes with the decoding: a transformer trained for it, the strategy, and a `model_index.json` that names
-both with their generation config. All other components are the directory's own.
+both with their generation config and the pipeline's class, which may be another one. All other components are the directory's own.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from armm import weights
 
 from . import decodings
 from .base import ARPipeline
-from .loading import read_index
+from .loading import check_choice, read_index
 
 # Task -> (module, pipeline class, shipped weights).
 TASKS: dict[str, tuple[str, str, str]] = {
@@ -17,28 +17,40 @@ TASKS: dict[str, tuple[str, str, str]] = {
     "image-to-text": ("pipelines.unified_image_to_text", "UnifiedImageToTextPipeline", "scenes"),
     "inpainting": ("pipelines.unified_inpaint", "UnifiedInpaintPipeline", "scenes"),
 }
-# Decodings of a task that are done by shipped weights of their own.
-TASK_DECODINGS: dict[tuple[str, str], tuple[str, str, str]] = {
-    ("text-to-image", "next_x"): ("pipelines.next_x_text_to_image", "NextXTextToImagePipeline", "scenes-next-x"),
-}
+# Other weights for a task: decodings that are done by them.
+MORE_WEIGHTS: dict[str, tuple[str, ...]] = {"text-to-image": ("scenes-next-x",)}
+
 
 def task_pipeline(task: str, *, decoding: str | None = None, **kwargs: Any) -> ARPipeline:
     """The pipeline of a task with the shipped weights.
 
     Args:
-        decoding: a decoding that they offer, default next token: "neighboring", ... of the discrete model, or "next_x", which draws
-            continuous tokens. `-` and `_` mean the same.
+        decoding: one of `task_decodings`, default next token: "neighboring", ... of the discrete model, or "next_x" and
+            "masked_latents", which draw continuous tokens. `-` and `_` mean the same.
         kwargs: passed to the pipeline's `from_pretrained`.
     """
-    own = None if decoding is None else TASK_DECODINGS.get((task, decoding.replace("-", "_")))
-    module, class_name, folder = own or TASKS[task]
-    if decoding is not None and own is None:
-        kwargs["decoding"] = decoding
-    return getattr(importlib.import_module(module), class_name).from_pretrained(weights.path(folder), **kwargs)
+    module, class_name, folder = TASKS[task]
+    if decoding is None:
+        return getattr(importlib.import_module(module), class_name).from_pretrained(weights.path(folder), **kwargs)
+    name = decoding.replace("-", "_")
+    check_choice(name, task_decodings(task), f"`decoding` of {task}")
+    if name not in _offered(folder):
+        folder = next(other for other in _more_weights(task) if name in _offered(other))
+        return ARPipeline.from_pretrained(weights.path(folder), decoding=name, **kwargs)
+    return getattr(importlib.import_module(module), class_name).from_pretrained(
+        weights.path(folder), decoding=name, **kwargs
+    )
 
 
 def task_decodings(task: str) -> list[str]:
     """The decodings that the shipped weights offer for a task, the default first."""
-    folder = weights.path(TASKS[task][2])
-    found = decodings.offered(folder, read_index(folder))
-    return [*found, *(name for (of, name), (_, _, folder) in TASK_DECODINGS.items() if of == task and folder in weights.names())]
+    return [name for folder in (TASKS[task][2], *_more_weights(task)) for name in _offered(folder)]
+
+
+def _more_weights(task: str) -> list[str]:
+    return [name for name in MORE_WEIGHTS.get(task, ()) if name in weights.names()]
+
+
+def _offered(folder: str) -> list[str]:
+    path = weights.path(folder)
+    return decodings.offered(path, read_index(path))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+import armm
 from armm.decoding import NextXDecoding
 from armm.evaluation.common import load_pipeline
 from armm.masked_latent_model import MaskedLatentModel
@@ -18,6 +19,7 @@ from armm.training import load_recipe, run
 from armm.training.task import build_task
 from armm.training.tasks.kl_start import kl_from_vq
 from armm.training.tasks.latent_start import start_from_unified, start_masked_latents_from_unified
+from pipelines import decodings
 from pipelines.mar_text_to_image import MARTextToImagePipeline
 from pipelines.next_x_text_to_image import NextXTextToImagePipeline
 from tokenizers_visual.kl_tokenizer import KLTokenizer
@@ -281,6 +283,22 @@ def test_the_recipe_of_masked_autoregression_trains_and_its_export_draws_and_red
     assert torch.equal(redrawn[0, left], both[1, left]) and not torch.equal(redrawn, both[1:])
     with pytest.raises(ValueError, match="3 prompts and 2 images"):
         draw([*prompts, "a cone"], 1, 2, 3, latents=both, mask_image=mask)
+
+
+def test_a_directory_offers_decodings_of_another_pipeline(root):
+    cells = run(tiny(RECIPES[0], root, output=str(root / "offers")), progress=False)
+    masked = run(tiny_mar_recipe(root, output=str(root / "offered")), progress=False)
+    assert decodings.add(cells, masked).name == "masked_latents"
+    pipe = armm.pipeline(cells, decoding="masked-latents", dtype=torch.float32)
+    assert type(pipe) is MARTextToImagePipeline and pipe.generation_config["num_inference_steps"] == 3
+    alone = load_pipeline("text-to-image", masked)
+    draws = [
+        p("a small red sphere", generator=torch.Generator().manual_seed(1), output_type="pt").images for p in (pipe, alone)
+    ]
+    torch.testing.assert_close(*draws)
+    assert type(armm.pipeline(cells)) is NextXTextToImagePipeline
+    with pytest.raises(ValueError, match="holds a MARTextToImagePipeline, not a NextXTextToImagePipeline"):
+        NextXTextToImagePipeline.from_pretrained(cells, decoding="masked_latents")
 
 
 def test_the_loss_of_masked_autoregression_falls(root):
