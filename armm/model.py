@@ -283,11 +283,22 @@ class AutoregressiveModel(SequenceModel):
         head = self.head.axes[-1] if isinstance(self.head, NeighboringHead) else self.head
         return head(hidden, low, high)
 
-    def window_logits(self, hidden: Tensor, *, low: int = 0, high: int | None = None) -> Tensor:
-        """Hidden [..., D] -> logits [..., window * window, V] of the tokens of the window that follows."""
+    def window_logits(
+        self, hidden: Tensor, *, low: int = 0, high: int | None = None, given: Tensor | None = None
+    ) -> Tensor:
+        """Hidden [..., D] -> logits [..., S, V] of the S = window * window tokens of the window that follows.
+
+        given: ids [..., k] of its first tokens, of the whole vocabulary, for a shuffle whose slots see those before theirs (others take no
+        notice): then of the first min(k + 1, S) tokens.
+        """
         if self.shuffle is None:
             return self.logits(hidden, low=low, high=high).unsqueeze(-2)
-        return self.logits(self.shuffle.unfuse(hidden), low=low, high=high)
+        states = self.shuffle.unfuse(hidden)
+        if self.shuffle.causal:
+            if given is None:
+                raise ValueError("the tokens of a window depend on each other in this model: `given` must be given")
+            states = self.shuffle.refine(states[..., : given.shape[-1] + 1, :], self.embed(given))
+        return self.logits(states, low=low, high=high)
 
     def hidden(
         self,

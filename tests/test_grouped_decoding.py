@@ -43,8 +43,8 @@ def build(kind: str, grid: tuple[int, ...], seed: int = 0, unified: bool = False
         options["head"] = {"type": "neighboring", "axes": len(grid)}
     elif kind == "parallel":
         options["transition_tokens"] = regions * regions - 1
-    elif kind == "shuffle":
-        options["shuffle"] = {"window": window, "num_mlps": 1, "mlp_hidden": 24}
+    elif kind in ("shuffle", "causal shuffle"):
+        options["shuffle"] = {"window": window, "num_mlps": 1, "mlp_hidden": 24, "causal_mlps": int(kind != "shuffle")}
     condition = None if unified else {"type": "class", "num_classes": 5}
     if unified:
         options |= {"text_slots": 3, "answer_slots": 4, "bidirectional_prompt": True}
@@ -68,6 +68,7 @@ def uses(kind: str, window: int = 2, regions: int = 2):
         "neighboring": NeighboringDecoding(),
         "parallel": ParallelGroupsDecoding(regions),
         "shuffle": TokenShuffleDecoding(window),
+        "causal shuffle": TokenShuffleDecoding(window),
     }
     return strategies[kind]
 
@@ -153,7 +154,12 @@ def test_neighbor_links_are_the_cells_one_step_back(grid):
 
 @torch.no_grad()
 @few
-@given(kind=st.sampled_from(["plain", "neighboring", "parallel", "shuffle"]), grid=grids, unified=st.booleans(), fuse=st.booleans())
+@given(
+    kind=st.sampled_from(["plain", "neighboring", "parallel", "shuffle", "causal shuffle"]),
+    grid=grids,
+    unified=st.booleans(),
+    fuse=st.booleans(),
+)
 def test_recorded_logits_equal_teacher_forcing(kind, grid, unified, fuse):
     grid = grid if kind in ("plain", "neighboring") else (2 * grid[0], 2 * grid[1])
     model = build(kind, grid, unified=unified and kind != "parallel")
@@ -179,7 +185,7 @@ def test_videos_are_decoded_along_three_axes(grid):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["neighboring", "parallel", "shuffle"])
+@pytest.mark.parametrize("kind", ["neighboring", "parallel", "shuffle", "causal shuffle"])
 def test_a_sample_is_the_same_alone_and_in_a_batch(kind):
     model = build(kind, (4, 6))
     condition, null = conditions(model, batch=3)
@@ -205,7 +211,7 @@ def test_windows_of_one_token_are_next_token_decoding_bit_for_bit():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["neighboring", "parallel", "shuffle"])
+@pytest.mark.parametrize("kind", ["neighboring", "parallel", "shuffle", "causal shuffle"])
 def test_known_tokens_stay_and_steer_the_others(kind):
     model = build(kind, (4, 4))
     condition, _ = conditions(model)
@@ -218,7 +224,7 @@ def test_known_tokens_stay_and_steer_the_others(kind):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["neighboring", "parallel", "shuffle"])
+@pytest.mark.parametrize("kind", ["neighboring", "parallel", "shuffle", "causal shuffle"])
 def test_callbacks_see_open_cells_and_may_replace_and_interrupt(kind):
     model, grid = build(kind, (4, 4)), (4, 4)
     condition, _ = conditions(model)
@@ -244,7 +250,7 @@ def test_callbacks_see_open_cells_and_may_replace_and_interrupt(kind):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["neighboring", "parallel", "shuffle"])
+@pytest.mark.parametrize("kind", ["neighboring", "parallel", "shuffle", "causal shuffle"])
 def test_an_interval_drops_the_null_rows_for_good(kind):
     model = build(kind, (4, 4))
     condition, null = conditions(model)
@@ -273,7 +279,25 @@ def test_token_shuffle_keeps_slots_in_order(window, batch, windows_):
         torch.testing.assert_close(states[:, :, slot], shuffle.expand(fused[..., 2 * slot : 2 * slot + 2]))
 
 
-@pytest.mark.parametrize("kind", ["neighboring", "parallel", "shuffle"])
+def test_slots_of_a_causal_shuffle_see_those_before_them():
+    torch.manual_seed(0)
+    plain, causal = (TokenShuffle(dim=16, window=2, causal_mlps=number) for number in (0, 2))
+    causal.load_state_dict(plain.state_dict(), strict=False)
+    states, embeds = plain.unfuse(torch.randn(3, 16)), torch.randn(3, 4, 16)
+    assert torch.equal(causal.refine(causal.unfuse(torch.zeros(3, 16)) * 0 + states, embeds), states)  # the identity at first
+    for parameter in causal.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    whole = causal.refine(states, embeds)
+    for slot in range(4):
+        changed = embeds.clone()
+        changed[:, slot] += 1
+        other = causal.refine(states, changed)
+        assert torch.equal(other[:, : slot + 1], whole[:, : slot + 1])
+        assert all(not torch.allclose(other[:, later], whole[:, later]) for later in range(slot + 1, 4))
+        torch.testing.assert_close(causal.refine(states[:, : slot + 1], embeds[:, :slot]), whole[:, : slot + 1])
+
+
+@pytest.mark.parametrize("kind", ["neighboring", "parallel", "shuffle", "causal shuffle"])
 def test_every_parameter_gets_a_gradient_and_a_round_trip_keeps_the_model(kind, tmp_path):
     model = build(kind, (4, 4))
     condition, _ = conditions(model)
@@ -320,6 +344,7 @@ BAD = {
         "unexpected keyword",
     ),
     "a window that does not divide the width": (lambda: TokenShuffle(dim=6, window=2), "multiple of window"),
+    "a negative number of MLPs": (lambda: TokenShuffle(dim=8, causal_mlps=-1), "causal_mlps must be an integer"),
     "a shuffle that does nothing": (lambda: TokenShuffle(dim=8, window=1), "leave the shuffle out"),
     "a grid of one axis": (lambda: AutoregressiveModel.check_grid([4]), "two positive integers"),
 }

@@ -60,11 +60,18 @@ class GroupedDecoding(SchedulerMixin, ConfigMixin):
         """Embeddings [R, f, D] fed before draw `step`, for the ids [R, n] of the group drawn last."""
         return model.embed(ids)
 
+    def parts(self, model: AutoregressiveModel, count: int) -> list[int]:
+        """How many of the `count` cells of a group are drawn at a time, one part after the other; by default all at once."""
+        return [count]
+
     @abstractmethod
     def logits(
-        self, model: AutoregressiveModel, states: States, step: int, grid: tuple[int, ...], low: int, high: int
+        self, model: AutoregressiveModel, states: States, step: int, grid: tuple[int, ...], low: int, high: int, given: Tensor
     ) -> Tensor:
-        """Logits [R, n, high - low] of group `step` from the states of the call before (see `TokenStream`)."""
+        """Logits [R, n, high - low] of a part of group `step` from the states of the call before (see `TokenStream`).
+
+        given: ids [R, k] of the parts before it, of the whole vocabulary; k is 0 for the first.
+        """
 
     @abstractmethod
     def image_logits(
@@ -152,15 +159,22 @@ class GroupedDecoding(SchedulerMixin, ConfigMixin):
             else:
                 fed = token + low
                 states = stream.feed_group(self.embeds(model, torch.cat([fed, fed]) if guided else fed, step))
-            logits = self.logits(model, states, step, grid, low, high)
-            if guided:
-                logits = guidance.combine(logits, step, len(groups))  # type: ignore[union-attr]
-            if logits_kept is not None:
-                logits_kept[:, cells] = logits
-            token = sampler(logits, noise.draw_group(drawn, len(cells)) if sampler.do_sample else None)  # type: ignore[union-attr]
-            if known_ids is not None:
-                known = known_ids.to(device)[:, cells]
-                token = torch.where(known_mask.to(device)[:, cells], known, token)  # type: ignore[union-attr]
+            token, start = ids[:, :0], 0
+            for size in self.parts(model, len(cells)):
+                part = cells[start : start + size]
+                given = token + low
+                given = torch.cat([given, given]) if guided else given
+                logits = self.logits(model, states, step, grid, low, high, given)
+                if guided:
+                    logits = guidance.combine(logits, step, len(groups))  # type: ignore[union-attr]
+                if logits_kept is not None:
+                    logits_kept[:, part] = logits
+                draw = noise.draw_group(drawn + start, size) if sampler.do_sample else None  # type: ignore[union-attr]
+                chosen = sampler(logits, draw)
+                if known_ids is not None:
+                    known = known_ids.to(device)[:, part]
+                    chosen = torch.where(known_mask.to(device)[:, part], known, chosen)  # type: ignore[union-attr]
+                token, start = torch.cat([token, chosen], dim=1), start + size
             ids[:, cells] = token
             drawn, done = drawn + len(cells), step + 1
             if callback is not None:

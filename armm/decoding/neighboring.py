@@ -43,7 +43,7 @@ class NeighboringDecoding(GroupedDecoding):
         return guidance.interval < 0 or drawn <= guidance.interval
 
     def logits(
-        self, model: AutoregressiveModel, states: States, step: int, grid: tuple[int, ...], low: int, high: int
+        self, model: AutoregressiveModel, states: States, step: int, grid: tuple[int, ...], low: int, high: int, given: Tensor
     ) -> Tensor:
         values = model.head(states, low, high)
         if step == 0:

@@ -71,7 +71,7 @@ class ParallelGroupsDecoding(GroupedDecoding):
         return torch.cat([embeds, model.transition_tokens.weight.expand(len(ids), -1, -1)], dim=1)
 
     def logits(
-        self, model: AutoregressiveModel, states: States, step: int, grid: tuple[int, ...], low: int, high: int
+        self, model: AutoregressiveModel, states: States, step: int, grid: tuple[int, ...], low: int, high: int, given: Tensor
     ) -> Tensor:
         return model.logits(states[-1], low=low, high=high)
 

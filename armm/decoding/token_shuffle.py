@@ -25,7 +25,8 @@ __all__ = ["SchedulerMixin", "TokenShuffleDecoding"]
 class TokenShuffleDecoding(GroupedDecoding):
     """Windows of `window` x `window` tokens in raster order, for models with a `TokenShuffle` of that window.
 
-    N / window^2 calls. The tokens of a window are drawn independently of each other. window=1 is next-token decoding.
+    N / window^2 calls. The tokens of a window are drawn independently of each other, but for a model with `causal_mlps`: then one
+    after the other, by its small head. window=1 is next-token decoding.
     """
 
     @register_to_config
@@ -49,10 +50,14 @@ class TokenShuffleDecoding(GroupedDecoding):
     def embeds(self, model: AutoregressiveModel, ids: Tensor, step: int) -> Tensor:
         return model.embed_windows(ids[:, None])
 
+    def parts(self, model: AutoregressiveModel, count: int) -> list[int]:
+        return [1] * count if model.shuffle is not None and model.shuffle.causal else [count]
+
     def logits(
-        self, model: AutoregressiveModel, states: States, step: int, grid: tuple[int, ...], low: int, high: int
+        self, model: AutoregressiveModel, states: States, step: int, grid: tuple[int, ...], low: int, high: int, given: Tensor
     ) -> Tensor:
-        return model.window_logits(states[-1], low=low, high=high).flatten(1, 2)
+        logits = model.window_logits(states[-1], low=low, high=high, given=given[:, None]).flatten(1, 2)
+        return logits[:, given.shape[1] :]
 
     def image_logits(
         self,
@@ -72,6 +77,7 @@ class TokenShuffleDecoding(GroupedDecoding):
         index = model.image_index(grid, ids.device)[:-1]
         mask = causal_mask(total, total, ids.device)
         hidden = run_image(model, condition, embeds, index, mask, grid, trunk)[-1][:, condition.length - 1 :]
-        logits = model.window_logits(hidden, low=low, high=high).flatten(1, 2)
-        order = windows(grid, self.window).flatten().to(ids.device)
+        order = windows(grid, self.window).to(ids.device)
+        logits = model.window_logits(hidden, low=low, high=high, given=ids[:, order]).flatten(1, 2)
+        order = order.flatten()
         return torch.empty_like(logits).index_copy(1, order, logits)

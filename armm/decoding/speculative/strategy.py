@@ -76,6 +76,10 @@ class SpeculativeDecoding:
         wake(model)
         if not model.causal or model.tokens_per_position > 1 or model.head.num_states > 1:
             raise ValueError("speculative decoding needs a causal model with one head and one token a position")
+        if model.shuffle is not None and model.shuffle.causal:
+            raise ValueError(
+                "speculative decoding needs windows whose tokens are independent of each other: this model's shuffle has causal_mlps"
+            )
         if model.window != getattr(self.decoding, "window", 1):
             raise ValueError(
                 f"the model's window is {model.window}, the strategy's {getattr(self.decoding, 'window', 1)}: they do not belong together"
