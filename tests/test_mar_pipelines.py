@@ -297,6 +297,17 @@ def test_one_token_a_step_in_the_given_order():
     assert annealed.head_calls == [decoding.solver.num_calls(n, 950) for n in armm.StepAnnealing(40, 5).table(16)]
 
 
+def test_a_last_timestep_limits_the_noise_that_the_head_sees():
+    model = tiny_mar()
+    condition, seen = model.condition(torch.tensor([1])), []
+    model.head.register_forward_hook(lambda module, args, output: seen.append(int(args[1].max())))
+    out = MaskedLatentDecoding(2, head_steps=50, last_timestep=700)(model, condition, noise=torch.Generator().manual_seed(0))
+    assert max(seen) == 700 and out.head_calls == [len(seen) // 2] * 2 and len(seen) < 100
+    seen.clear()
+    MaskedLatentDecoding(2, head_steps=50)(model, condition, noise=torch.Generator().manual_seed(0))
+    assert max(seen) == 999 and len(seen) == 100
+
+
 def test_decoding_says_what_is_wrong():
     model, decoding = tiny_mar(), MaskedLatentDecoding(4, head_steps=STEPS)
     condition = model.condition(torch.tensor([1]))
@@ -315,6 +326,8 @@ def test_decoding_says_what_is_wrong():
             decoding(model, condition, **arguments)
     with pytest.raises(ValueError, match="mask_schedule must be one of"):
         MaskedLatentDecoding(mask_schedule="cosine")
+    with pytest.raises(ValueError, match="last_timestep` must be None or an integer between 0 and 999, got 1000"):
+        MaskedLatentDecoding(last_timestep=1000)
     with pytest.raises(ValueError, match="labels must lie in 0 .. 9"):
         model.condition(torch.tensor([11]))
     with pytest.raises(ValueError, match="one width, got 16 and 8"):

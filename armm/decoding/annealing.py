@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from armm.decoding.acceleration import Acceleration
+from armm.decoding.solvers.diffusion import check_timestep
 
 __all__ = ["ANNEALING_PRESETS", "ANNEALING_SCHEDULES", "StepAnnealing", "solver_steps"]
 
@@ -79,9 +80,7 @@ class StepAnnealing(Acceleration):
             raise ValueError(f"`lower` ({self.lower}) must not be above `upper` ({self.upper}): steps become fewer.")
         if self.schedule not in ANNEALING_SCHEDULES:
             raise ValueError(f"`schedule` must be one of {sorted(ANNEALING_SCHEDULES)}, got {self.schedule!r}.")
-        last = self.last_timestep
-        if last is not None and (isinstance(last, bool) or not isinstance(last, int) or not 0 <= last < 1000):
-            raise ValueError(f"`last_timestep` must be None or an integer between 0 and 999, got {last!r}.")
+        check_timestep(self.last_timestep)
 
     @classmethod
     def preset(cls, model: str) -> StepAnnealing:

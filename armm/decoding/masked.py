@@ -16,7 +16,7 @@ from armm.decoding.annealing import StepAnnealing
 from armm.decoding.base import StepCallback, check_guided, wake
 from armm.decoding.guidance import Guidance
 from armm.decoding.mask_schedule import check_schedule, check_steps, open_counts
-from armm.decoding.solvers.diffusion import DiffusionSolver, Steps
+from armm.decoding.solvers.diffusion import DiffusionSolver, Steps, check_timestep
 from armm.decoding.solvers.noise import GaussianNoise
 
 if TYPE_CHECKING:
@@ -91,15 +91,24 @@ class MaskedLatentDecoding(SchedulerMixin, ConfigMixin):
         num_inference_steps: K.
         mask_schedule: "cos" or "linear".
         head_steps: steps of the head's solver, see `respaced_timesteps`.
+        last_timestep: the noisiest timestep (of 1000) that the head is asked at; None is all of them. There a value is the predicted
+            noise times many thousands: a head that had little training needs a limit, such as 950.
     """
 
     config_name = "scheduler_config.json"
     order = 1
 
     @register_to_config
-    def __init__(self, num_inference_steps: int = 64, mask_schedule: str = "cos", head_steps: int | str = 100) -> None:
+    def __init__(
+        self,
+        num_inference_steps: int = 64,
+        mask_schedule: str = "cos",
+        head_steps: int | str = 100,
+        last_timestep: int | None = None,
+    ) -> None:
         check_steps(num_inference_steps)
         check_schedule(mask_schedule)
+        check_timestep(last_timestep)
         self.solver = DiffusionSolver()
         self.solver.tables(head_steps)
 
@@ -122,7 +131,7 @@ class MaskedLatentDecoding(SchedulerMixin, ConfigMixin):
         """For each of so many steps the solver's `num_steps` and `last_timestep`."""
         own = self.config.head_steps if head_steps is None else head_steps
         if annealing is None:
-            return [{"num_steps": own}] * steps
+            return [{"num_steps": own, "last_timestep": self.config.last_timestep}] * steps
         return [{"num_steps": number, "last_timestep": annealing.last_timestep} for number in annealing.table(steps)]
 
     @torch.no_grad()

@@ -14,7 +14,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-__all__ = ["DiffusionSolver", "DiffusionTables", "Steps", "respaced_timesteps"]
+__all__ = ["DiffusionSolver", "DiffusionTables", "Steps", "check_timestep", "respaced_timesteps"]
 
 # predict(state, call, timestep) -> (noise in the state, interpolation of the variance or None); calls are counted from 0
 Predict = Callable[[Tensor, int, int], "tuple[Tensor, Tensor | None]"]
@@ -124,6 +124,14 @@ def _tables(num_steps: Steps, last_timestep: int | None, total: int) -> Diffusio
     if last_timestep is not None:
         timesteps = sorted({min(timestep, last_timestep) for timestep in timesteps})
     return DiffusionTables.of(timesteps, total)
+
+
+def check_timestep(last_timestep: int | None) -> None:
+    """A ValueError unless it is None or a timestep."""
+    if last_timestep is None:
+        return
+    if isinstance(last_timestep, bool) or not isinstance(last_timestep, int) or not 0 <= last_timestep < 1000:
+        raise ValueError(f"`last_timestep` must be None or an integer between 0 and 999, got {last_timestep!r}.")
 
 
 @dataclass(frozen=True)
