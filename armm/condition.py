@@ -69,7 +69,8 @@ class Condition:
         missing = int((~self.mask.bool()).sum())
         index = None if self.index is None else self.index[:, missing:]
         routes = None if self.routes is None else self.routes[:, missing:]
-        return Condition(self.embeds[:, missing:], None, index, max(self.bidirectional - missing, 0), routes=routes)
+        whole = max(self.bidirectional - missing, 0)
+        return Condition(self.embeds[:, missing:], None, index, whole, self.vector, routes)
 
     def repeat(self, times: int) -> Condition:
         """Every row `times` times, copies next to each other."""

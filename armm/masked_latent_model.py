@@ -40,7 +40,6 @@ class MaskedLatentModel(TrunkModel):
         vocab_size: words, for models of captions, which have no classes (num_classes 0).
     """
 
-    _skip_layerwise_casting_patterns = ["norm", "position", "embedding"]
     head: nn.Module
     text_embedding: nn.Embedding | None
 

@@ -248,6 +248,7 @@ class AutoregressiveModel(SequenceModel):
         origin = {"ids": ids, "index": index} if mask is None else {"ids": ids, "index": index, "mask": mask}
         return Condition(self.embed(ids), None if mask is None else mask.bool(), index, bidirectional, origin=origin)
 
+    @apply_forward_hook
     def reading_condition(self, prompt: Tensor, image: Tensor, text: Tensor) -> Condition:
         """What text is written after: ids of a prompt up to begin-of-image [B, T + 1], an image [B, N], text about it [B, L]."""
         embeds = torch.cat([self.embed(prompt), self.embed_image(image), self.embed(text)], dim=1)

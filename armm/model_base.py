@@ -23,7 +23,10 @@ class TrunkModel(Int8Weights, ModelMixin, ConfigMixin, PeftAdapterMixin):
     _no_split_modules = ["Block"]
     _repeated_blocks = ["Block"]
     _skip_keys = ["cache"]
-    _skip_layerwise_casting_patterns = ["norm", "position_embedding", "token_embedding"]
+    # Blocks of the stacks are cast. What stands around them is small, and its parameters are also used without its forward.
+    _skip_layerwise_casting_patterns = ["norm", "position_embedding", r"^\w*(embedding|projection|position|head|shuffle|tokens)\b"]
+    # Its hooks wait for the model's forward or that of each layer; strategies call other parts. Model offload works.
+    _supports_group_offloading = False
 
     trunk: ARTransformer
     head: nn.Module
@@ -49,12 +52,19 @@ class TrunkModel(Int8Weights, ModelMixin, ConfigMixin, PeftAdapterMixin):
         self.head.unfuse()
 
     def set_attention_backend(self, backend: str) -> None:
-        for stack in self.stacks:
-            stack.set_attention_backend(backend)
+        """As of `ARTransformer`, in all transformers of the model: those of heads as well."""
+        for module in self.modules():
+            if isinstance(module, ARTransformer):
+                module.set_attention_backend(backend)
 
     def reset_attention_backend(self) -> None:
-        for stack in self.stacks:
-            stack.reset_attention_backend()
+        for module in self.modules():
+            if isinstance(module, ARTransformer):
+                module.reset_attention_backend()
+
+    def enable_layerwise_casting(self, *args, **kwargs) -> None:
+        self.unfuse_projections()
+        super().enable_layerwise_casting(*args, **kwargs)
 
     def add_adapter(self, *args, **kwargs) -> None:
         self.unfuse_projections()

@@ -39,7 +39,6 @@ class NextXModel(TrunkModel):
         entities: [entity, size] of all that it was trained to predict, see `NextXDecoding`; None: not known.
     """
 
-    _skip_layerwise_casting_patterns = ["norm", "position", "embedding"]
 
     @register_to_config
     def __init__(
@@ -53,12 +52,12 @@ class NextXModel(TrunkModel):
         entities: Sequence[Sequence[Any]] | None = None,
     ) -> None:
         super().__init__()
+        if len(grid) != 2:
+            raise ValueError(f"grid must be (height, width), got {list(grid)}")
         sizes = {"latent_channels": latent_channels, "num_classes": num_classes}
         for name, value in {**sizes, "grid height": grid[0], "grid width": grid[1]}.items():
             if isinstance(value, bool) or not isinstance(value, int) or value < (0 if name == "num_classes" else 1):
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
-        if len(grid) != 2:
-            raise ValueError(f"grid must be (height, width), got {list(grid)}")
         if (vocab_size > 0) != (text_length > 0):
             raise ValueError(f"vocab_size={vocab_size} and text_length={text_length}: give both or neither")
         self.grid = (grid[0], grid[1])

@@ -319,6 +319,8 @@ class ARTransformer(ModelMixin, ConfigMixin):
             mask, causal = merge_causal(mask, length, keys, x.device)
         if mask is not None:
             mask = additive_mask(mask, low_precision_dtype(x))
+        if (modulation is None) != (self.blocks[0].modulation is None):
+            raise ValueError("modulation of a call and of the transformer's config belong together: give both or neither")
         condition = modulation
         if self.task_embedding is not None:
             condition = (self.shared_modulation(self.task_embedding(modulation)), modulation)

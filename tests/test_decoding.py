@@ -119,6 +119,14 @@ def test_one_and_two_threads_give_the_same_ids():
 
 
 @torch.no_grad()
+def test_a_grid_may_have_a_time():
+    model = build(grid=(2, 2, 2), rotary_axes=[2, 2, 4])
+    condition, _ = conditions(model)
+    output = DECODE(model, condition, sampler=GREEDY)
+    assert output.ids.shape == (2, 8) and output.num_calls == DECODE.num_calls((2, 2, 2)) == 8
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("kind", ["class", "caption"])
 def test_interval_drops_guidance_for_good(kind):
     model = build(kind)

@@ -379,3 +379,11 @@ def test_four_steps_for_each_row_of_pivots_and_every_open_place_is_drawn_at_each
     )
     with pytest.raises(ValueError, match=r"orders must be \[1, 4 \+ 16\]"):
         decoding(model, condition, orders=torch.zeros(1, 16, dtype=torch.long))
+
+
+def test_the_attention_backend_is_that_of_the_heads_too():
+    model = tiny_himar_pipeline().transformer
+    model.set_attention_backend("reference")
+    assert model.dense_head.trunk._attention_backend == model.encoder._attention_backend == "reference"
+    model.reset_attention_backend()
+    assert model.dense_head.trunk._attention_backend is None

@@ -16,6 +16,21 @@ from armm.nn.linear import FusedLinear
 few = settings(max_examples=12, deadline=None)
 
 
+def test_a_mask_of_heads_without_batch_is_of_heads_when_key_heads_are_shared():
+    query, key, value = torch.randn(2, 4, 1, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 8)
+    mask = torch.rand(4, 1, 5) > 0.4
+    mask[..., 0] = True
+    found = armm_nn.attention(query, key, value, mask=mask, backend="sdpa")
+    torch.testing.assert_close(found, armm_nn.attention(query, key, value, mask=mask, backend="reference"))
+
+
+def test_a_narrowed_position_table_keeps_its_bridges():
+    own, shared = torch.randn(4, 3, 2), torch.randn(3, 2)
+    table = armm_nn.PositionTable(None, own, (own + 1, shared)).narrow(2)
+    assert torch.equal(table.bridges[0], own[:2] + 1) and torch.equal(table.bridges[1], shared)
+    assert torch.equal(table.learned, own[:2])
+
+
 # Norms
 
 

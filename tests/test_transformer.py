@@ -23,6 +23,14 @@ def tiny_trunk(**options) -> ARTransformer:
     return ARTransformer(**{**TINY, **options}).eval()
 
 
+def test_modulation_that_nobody_applies_is_an_error():
+    x, condition = torch.randn(1, 3, 16), torch.randn(1, 16)
+    with pytest.raises(ValueError, match="modulation"):
+        tiny_trunk(rotary_axes=[])(x, modulation=condition)
+    with pytest.raises(ValueError, match="modulation"):
+        tiny_trunk(rotary_axes=[], modulation="block")(x)
+
+
 def tiny_model(kind="class", **options) -> AutoregressiveModel:
     torch.manual_seed(0)
     condition = {

@@ -27,7 +27,7 @@ def add(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("-q", "--question", action="append", default=[], metavar="Q", help="ask this; may be repeated")
     parser.add_argument("--explain", metavar="FILE", help="write a picture of where each word of the answer comes from")
     parser.add_argument(
-        "--method", default="tam", choices=("tam", "arc", "msea", "msea+arc", "attention"), help="of --explain (default: tam)"
+        "--method", choices=("tam", "arc", "msea", "msea+arc", "attention"), help="of --explain (default: tam)"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument(
@@ -45,6 +45,8 @@ def run(args: argparse.Namespace) -> int:
     target = check_file("--explain", args.explain, IMAGE_SUFFIXES) if args.explain else None
     if target is not None and len(args.question) > 1:
         raise ValueError("--explain: explains one answer; give one question")
+    if target is None and args.method is not None:
+        raise ValueError("--method belongs to --explain: give --explain FILE too")
     image = read_image(args.image)
     resolve_device(args.device)
 
@@ -56,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     if not hasattr(pipe, "ask"):
         raise ValueError(f"--model: {type(pipe).__name__} does not read pictures; leave it out, or name a model that does")
     if target is not None:
-        explanation = pipe.explain(image, args.question[0] if args.question else None, method=args.method)
+        explanation = pipe.explain(image, args.question[0] if args.question else None, method=args.method or "tam")
         save_image(explanation.image(), target)
         texts = [explanation.answer]
     else:

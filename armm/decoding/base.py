@@ -39,8 +39,15 @@ class DecodingOutput:
 def wake(model: torch.nn.Module) -> None:
     """Let an offloading hook bring the model to its device: strategies call its parts, not its forward."""
     hook = getattr(model, "_hf_hook", None)
-    if hook is not None and hasattr(hook, "pre_forward"):
-        hook.pre_forward(model)
+    if hook is None or not hasattr(hook, "pre_forward"):
+        return
+    # Asked after every step that calls back: a model that is there already is left alone.
+    there, parameter = getattr(hook, "execution_device", None), next(model.parameters(), None)
+    if there is not None and parameter is not None:
+        there = torch.device(there) if not isinstance(there, int) else torch.device("cuda", there)
+        if parameter.device.type == there.type and there.index in (None, parameter.device.index):
+            return
+    hook.pre_forward(model)
 
 
 def check_guided(guidance: Guidance | ContextGuidance | None, condition: Condition, null_condition: Condition | None) -> bool:

@@ -140,9 +140,10 @@ class BeamSearch:
             beam = TextBeam(model, alone, max_tokens, grid, self.spare)
             texts.append(self.search(beam, stop_id, max_tokens, (low, high), span, callback, interrupt))
             calls += beam.num_calls
-        lengths = torch.tensor([len(text) for text in texts])
+        device = prefix.embeds.device
+        lengths = torch.tensor([len(text) for text in texts], device=device)
         filled = [text + [stop_id or 0] * (max_tokens - len(text)) for text in texts]
-        return TextOutput(torch.tensor(filled, dtype=torch.long), lengths, calls)
+        return TextOutput(torch.tensor(filled, dtype=torch.long, device=device), lengths, calls)
 
     def search(
         self,

@@ -134,6 +134,8 @@ class GroupedDecoding(SchedulerMixin, ConfigMixin):
         rows = concatenate([condition, null_condition]) if guided else condition  # type: ignore[list-item]
         device = rows.embeds.device
         check_known(known_ids, known_mask, batch, total, high - low)
+        if known_ids is not None and known_mask is not None:
+            known_ids, known_mask = known_ids.to(device), known_mask.to(device)
         if sampler.do_sample and not isinstance(noise, NoiseSource):
             noise = NoiseSource(noise, batch, high - low, device)
         groups = self.groups(grid)
@@ -147,13 +149,13 @@ class GroupedDecoding(SchedulerMixin, ConfigMixin):
         logits_kept = torch.empty(batch, total, high - low, device=device) if record_logits else None
         drawn = done = 0
         token = ids[:, :0]
-        for step, group in enumerate(groups):
+        places = [group.to(device) for group in groups]
+        for step, cells in enumerate(places):
             if interrupt is not None and interrupt():
                 break
             if guided and not self.covers(guidance, step, drawn):  # type: ignore[arg-type]
                 guided = False  # for good: the null rows are not needed any more
                 stream.narrow(batch)
-            cells = group.to(device)
             if step == 0:
                 states = tuple(state[:, -1:] for state in stream.prefill_states())
             else:
@@ -172,8 +174,7 @@ class GroupedDecoding(SchedulerMixin, ConfigMixin):
                 draw = noise.draw_group(drawn + start, size) if sampler.do_sample else None  # type: ignore[union-attr]
                 chosen = sampler(logits, draw)
                 if known_ids is not None:
-                    known = known_ids.to(device)[:, part]
-                    chosen = torch.where(known_mask.to(device)[:, part], known, chosen)  # type: ignore[union-attr]
+                    chosen = torch.where(known_mask[:, part], known_ids[:, part], chosen)  # type: ignore[index]
                 token, start = torch.cat([token, chosen], dim=1), start + size
             ids[:, cells] = token
             drawn, done = drawn + len(cells), step + 1
@@ -182,4 +183,5 @@ class GroupedDecoding(SchedulerMixin, ConfigMixin):
                 if replacement is not None:
                     ids = replacement.to(device).clone()
                     token = ids[:, cells]
+                wake(model)  # the callback may have decoded a preview, which swaps models under offloading
         return DecodingOutput(ids.clamp_(min=0), logits_kept, stream.num_calls, done)

@@ -125,6 +125,7 @@ class InterleavedDecoding(SchedulerMixin, ConfigMixin):
                 if replacement is not None:
                     out[:, :done] = replacement
                     token = out[:, step]
+                wake(model)  # the callback may have decoded a preview, which swaps models under offloading
             if grammar is not None and state is not None:
                 before, state = state, grammar.advance(state, token)
             if seen is not None:

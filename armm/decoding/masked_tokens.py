@@ -143,6 +143,7 @@ class MaskedTokenDecoding(SchedulerMixin, ConfigMixin):
                     replacement = replacement.view(batch, tokens, parts)
                     is_open = (replacement < 0).any(-1)
                     ids = torch.where(is_open[..., None], ids, replacement)
+                wake(model)  # the callback may have decoded a preview, which swaps models under offloading
         kept_logits = logits if record_logits else None
         if parts == 1:
             ids = ids.squeeze(-1)

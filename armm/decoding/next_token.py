@@ -46,10 +46,10 @@ class NextTokenDecoding(SchedulerMixin, ConfigMixin):
         pass
 
     def num_calls(self, grid: Sequence[int]) -> int:
-        """Calls of the trunk for a grid of (height, width) tokens: the prefill yields the first token, the last is not
-        fed.
+        """Calls of the trunk for a grid of (height, width) or (time, height, width) tokens: the prefill yields the first token,
+        the last is not fed.
         """
-        return grid[0] * grid[1]
+        return math.prod(grid)
 
     def groups(self, grid: Sequence[int]) -> list[Tensor]:
         """Raster cells drawn by each call of the trunk."""
@@ -98,8 +98,8 @@ class NextTokenDecoding(SchedulerMixin, ConfigMixin):
     ) -> DecodingOutput:
         """Generate the codes of one image per row of `condition`.
 
-        null_condition: rows standing for "no condition", needed with active guidance. grid: (height, width) in tokens.
-        noise: where Exp(1) noise comes from, see `NoiseSource`; with K sub-codes recorded noise is [B, N, K, V].
+        null_condition: rows standing for "no condition", needed with active guidance. grid: (height, width) or (time, height,
+        width) in tokens. noise: where Exp(1) noise comes from, see `NoiseSource`; with K sub-codes recorded noise is [B, N, K, V].
         known_ids [B, N], or [B, N, K], and known_mask [B, N]: codes that are given where the mask is True (inpainting):
         they are fed in place of the drawn ones. prefix: the first so many are known and go in with the condition, in
         one call; steps of the guidance count from there. vocabulary: (low, high), the ids
@@ -119,7 +119,7 @@ class NextTokenDecoding(SchedulerMixin, ConfigMixin):
         guided = check_guided(guidance, condition, null_condition)
         grid = model.grid if grid is None else model.check_grid(grid)
         low, high = vocabulary_range(model, vocabulary)
-        batch, steps, parts = condition.batch, grid[0] * grid[1], model.code_shape
+        batch, steps, parts = condition.batch, math.prod(grid), model.code_shape
         rows = concatenate([condition, null_condition]) if guided else condition  # type: ignore[list-item]
         device = rows.embeds.device
         check_known(known_ids, known_mask, batch, steps, high - low, parts)
@@ -161,6 +161,7 @@ class NextTokenDecoding(SchedulerMixin, ConfigMixin):
                 if replacement is not None:
                     ids[:, :done] = replacement
                     token = ids[:, step]
+                wake(model)  # the callback may have decoded a preview, which swaps models under offloading
         return DecodingOutput(ids, logits_kept, stream.num_calls, done)
 
 

@@ -116,9 +116,14 @@ class PivotLatentDecoding(SchedulerMixin, ConfigMixin):
             )
         if not isinstance(noise, (Tensor, GaussianNoise)):
             noise = GaussianNoise(noise, condition.batch, device)  # one source for both phases
+
+        def pivot_states(tokens: Tensor, kept: Tensor, rows: Condition) -> Tensor:
+            wake(model)  # a callback may have decoded a preview, which swaps models under offloading
+            return model.pivot_states(tokens, kept, rows)
+
         shared = {"annealing": annealing, "temperature": temperature, "interrupt": interrupt, "record": record}
         first = self.pivot_decoding(
-            LatentPhase(pivots, model.latent_channels, model.head, model.pivot_states),
+            LatentPhase(pivots, model.latent_channels, model.head, pivot_states),
             condition,
             null_condition,
             num_inference_steps=self.pivot_steps(model, num_pivot_steps),
@@ -132,9 +137,11 @@ class PivotLatentDecoding(SchedulerMixin, ConfigMixin):
         output = PivotLatentOutput(first, first.drawn_from)
         if interrupt is not None and interrupt():
             return output
+        wake(model)
         seen = model.embed_pivots(output.pivot_states)
 
         def states(tokens: Tensor, kept: Tensor, rows: Condition) -> Tensor:
+            wake(model)
             return model(tokens, kept, rows, seen.repeat(rows.batch // len(seen), 1, 1))
 
         output.picture = self.picture_decoding(

@@ -183,12 +183,16 @@ class NoiseSource:
         if len(self.generators) == 1:
             generator = self.generators[0]
             noise = torch.empty(self.batch, self.vocab_size, device=generator.device).exponential_(generator=generator)
-            return noise.to(self.device)
+            return self._moved(noise)
         rows = [
             torch.empty(self.vocab_size, device=generator.device).exponential_(generator=generator)
             for generator in self.generators
         ]
-        return torch.stack(rows).to(self.device)
+        return self._moved(torch.stack(rows))
+
+    def _moved(self, noise: Tensor) -> Tensor:
+        # The host need not wait for a copy to a GPU; it must for one from it.
+        return noise.to(self.device, non_blocking=self.device.type == "cuda")
 
 
 class UniformSource(NoiseSource):

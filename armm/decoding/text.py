@@ -123,6 +123,7 @@ def stream_text(
             if replacement is not None:
                 out[:, : step + 1] = replacement
                 token = out[:, step]
+            wake(model)  # the callback may have decoded a preview, which swaps models under offloading
         yield out[:, : step + 1]
         finished = finished | (token == stop_id)
         if len(lasts):

@@ -57,8 +57,10 @@ def neighbor_links(
 ) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
     """Where the logits of `wanted` cells [m] come from among `known` cells [n] (raster indices).
 
+    Cells are on the CPU.
+
     Returns:
-        For every axis, width first: index of the neighbour one step back in `known` [m] and 1.0 where there is one (else 0.0)
+        On `device`: for every axis, width first: index of the neighbour one step back in `known` [m] and 1.0 where there is one (else 0.0)
         [m]; and the number of neighbours of every wanted cell [m].
     """
     place = torch.full((math.prod(grid),), -1)
@@ -67,9 +69,13 @@ def neighbor_links(
     for size in reversed(tuple(grid)):
         inside = (wanted // stride) % size > 0
         source = torch.where(inside, place[(wanted - stride).clamp(min=0)], -1)
-        links.append((source.clamp(min=0).to(device), (source >= 0).float().to(device)))
+        links.append((source.clamp(min=0), (source >= 0).float()))
         stride *= size
-    count = sum((weight for _, weight in links), torch.zeros(len(wanted), device=device))
+    count = sum((weight for _, weight in links), torch.zeros(len(wanted)))
     if len(wanted) and float(count.min()) == 0:
         raise ValueError("a wanted cell has no known neighbour: cells must be decoded near to far")
-    return links, count
+
+    def moved(tensor: Tensor) -> Tensor:  # without waiting for the device: this is asked at every step
+        return tensor if device is None else tensor.to(device, non_blocking=True)
+
+    return [(moved(source), moved(weight)) for source, weight in links], moved(count)

@@ -59,7 +59,7 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal
         return _composed(query, *_repeat_heads(query, key, value), mask, causal, scale)
     if heads == kv_heads:
         return F.scaled_dot_product_attention(query, key, value, mask, 0.0, causal, scale=scale)
-    if query.shape[2] == 1 and (mask is None or mask.dim() < 4 or mask.shape[1] == 1):
+    if query.shape[2] == 1 and (mask is None or mask.dim() < 3 or mask.shape[-3] == 1):
         # One query per head: the heads that share a key head become its queries; nothing is copied.
         grouped = query.reshape(query.shape[0], kv_heads, heads // kv_heads, query.shape[3])
         return F.scaled_dot_product_attention(grouped, key, value, mask, scale=scale).reshape(query.shape)

@@ -420,7 +420,7 @@ class Block(nn.Module):
             return True
         groups = self._merged_groups()
         plain = self.modulation is None and self.cross_attention is None and self.attention_gate is None
-        if not plain or self.norms_residual:
+        if not plain or self.norms_residual or self.attention.smoothing:
             return False
         if self.training or not all(is_plain(m) for group in groups for m in group):
             return False

@@ -43,6 +43,8 @@ def _per_row(scale: Tensor, tensor: Tensor) -> Tensor:
 def unpack_rows(weights: MutableMapping[str, Tensor]) -> None:
     """Undoes `pack_rows` in place, to float32."""
     for name in [name for name, tensor in weights.items() if tensor.dtype == torch.int8]:
+        if name.removesuffix("weight") + "SCB" in weights:
+            continue  # of bitsandbytes, which unpacks it itself
         scale = weights.pop(name + SCALE, None)
         if scale is None:
             raise ValueError(

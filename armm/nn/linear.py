@@ -21,6 +21,7 @@ def is_plain(module: nn.Module) -> bool:
     return (
         type(module) is nn.Linear
         and not hasattr(module, "_hf_hook")
+        and not hasattr(module, "_diffusers_hook")
         and not module._forward_hooks
         and not module._forward_pre_hooks
         and type(module.weight) is nn.Parameter

@@ -51,7 +51,8 @@ class PositionTable:
             rotary = rotary[:, :rows]
         if learned is not None and learned.dim() == 3:
             learned = learned[:rows]
-        return PositionTable(rotary, learned)
+        bridges = tuple(table[:rows] if table.dim() == 3 else table for table in self.bridges)
+        return PositionTable(rotary, learned, bridges)
 
     def take(self, index: Tensor) -> PositionTable:
         """The positions with these numbers [R, n] in this table, row by row."""

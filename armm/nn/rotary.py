@@ -41,7 +41,7 @@ def rotary_table(
     angles = []
     for axis, size in enumerate(axes_dims):
         exponent = torch.arange(0, size, 2, dtype=torch.float32, device=device) / size
-        frequency = 1.0 / (torch.tensor(theta, dtype=torch.float32, device=device) ** exponent)
+        frequency = 1.0 / (torch.full((), theta, dtype=torch.float32, device=device) ** exponent)
         angles.append(positions[..., axis, None].to(torch.float32) * frequency)
     angle = torch.cat(angles, dim=-1)  # [..., N, d/2]
     if layout == "half_split":

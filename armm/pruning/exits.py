@@ -65,7 +65,7 @@ class VisualTokenExit(VisualPruning):
     """Dynamic visual-token exit (arXiv 2411.19628): all image tokens leave behind the first layer whose gate says so.
 
     Args:
-        gates: trained for the pipeline's transformer; None never lets them leave.
+        gates: trained for the pipeline's transformer.
     """
 
     name: ClassVar[str] = "visual-token exit"

@@ -56,6 +56,10 @@ class GaussianNoise:
             return torch.randn(self.batch, *shape, device=self.device)
         if len(self.generators) == 1:
             generator = self.generators[0]
-            return torch.randn(self.batch, *shape, generator=generator, device=generator.device).to(self.device)
+            return self._moved(torch.randn(self.batch, *shape, generator=generator, device=generator.device))
         rows = [torch.randn(*shape, generator=item, device=item.device) for item in self.generators]
-        return torch.stack(rows).to(self.device)
+        return self._moved(torch.stack(rows))
+
+    def _moved(self, noise: Tensor) -> Tensor:
+        # The host need not wait for a copy to a GPU; it must for one from it.
+        return noise.to(self.device, non_blocking=self.device.type == "cuda")
