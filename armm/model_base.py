@@ -24,7 +24,11 @@ class TrunkModel(Int8Weights, ModelMixin, ConfigMixin, PeftAdapterMixin):
     _repeated_blocks = ["Block"]
     _skip_keys = ["cache"]
     # Blocks of the stacks are cast. What stands around them is small, and its parameters are also used without its forward.
-    _skip_layerwise_casting_patterns = ["norm", "position_embedding", r"^\w*(embedding|projection|position|head|shuffle|tokens)\b"]
+    _skip_layerwise_casting_patterns = [
+        "norm",
+        "position_embedding",
+        r"^\w*(embedding|projection|position|head|shuffle|tokens)\b",
+    ]
     # Its hooks wait for the model's forward or that of each layer; strategies call other parts. Model offload works.
     _supports_group_offloading = False
 

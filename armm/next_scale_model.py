@@ -28,7 +28,6 @@ class ScalesModel(TrunkModel):
     (`embed_codes`), and where the tokens are (`positions`).
     """
 
-
     class_embedding: LabelEmbedding
     code_dim: int
 

@@ -39,7 +39,6 @@ class NextXModel(TrunkModel):
         entities: [entity, size] of all that it was trained to predict, see `NextXDecoding`; None: not known.
     """
 
-
     @register_to_config
     def __init__(
         self,

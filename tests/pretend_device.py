@@ -96,7 +96,11 @@ def run(func, args, kwargs, syncs: Counter):
         syncs[name] += 1
     device = kwargs.get("device")
     target = on_cuda if device is None else is_cuda(device)
-    copied = func in COPIES and (target != on_cuda or (on_cuda and strangers)) and not kwargs.get("non_blocking", len(args) > 2 and args[2])
+    copied = (
+        func in COPIES
+        and (target != on_cuda or (on_cuda and strangers))
+        and not kwargs.get("non_blocking", len(args) > 2 and args[2])
+    )
     if copied or (on_cuda and name in SYNCS):
         syncs[name] += 1
     values, options = tree_map(unwrap, (args, kwargs))
@@ -156,7 +160,9 @@ class _Functions(TorchFunctionMode):
             return func(args[0].to(CPU), *args[1:])
         if func in (Tensor.numpy, Tensor.__array__) and is_cuda(here):
             raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first.")
-        if func in (Tensor.__getitem__, Tensor.__setitem__) and any(isinstance(tensor, PretendTensor) for tensor in tensors):
+        if func in (Tensor.__getitem__, Tensor.__setitem__) and any(
+            isinstance(tensor, PretendTensor) for tensor in tensors
+        ):
             return self._index(func, args)
         if func is Tensor.cuda:
             return args[0].to(CUDA)
@@ -164,11 +170,12 @@ class _Functions(TorchFunctionMode):
             args = (args[0], CUDA, *args[2:])
         return func(*args, **kwargs)
 
-
     def _index(self, func, args):
         given = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
         if not isinstance(args[0], PretendTensor):
-            raise RuntimeError(f"{func.__name__}: indices on cuda:0 (or a value) for a tensor on the CPU, {shapes(given)}")
+            raise RuntimeError(
+                f"{func.__name__}: indices on cuda:0 (or a value) for a tensor on the CPU, {shapes(given)}"
+            )
         for place, tensor in enumerate(given[1:]):
             value = func is Tensor.__setitem__ and place == len(given) - 2
             if not isinstance(tensor, PretendTensor) and tensor.dim():

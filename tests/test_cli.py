@@ -230,6 +230,11 @@ def test_describe_captions_answers_and_prints_json(models, tmp_path, capsys):
     assert files(tmp_path) == ["p.png"]
 
 
+def test_a_method_without_an_explanation_is_refused(tmp_path, capsys):
+    assert run("describe", tmp_path / "p.png", "--method", "arc") == 2
+    assert "--explain" in capsys.readouterr().err
+
+
 def test_convert_writes_a_pipeline_that_draws(tmp_path):
     out = tmp_path / "model"
     command = (

@@ -85,7 +85,10 @@ CASES: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     "xar scale": (lambda: tiny_next_x.tiny_xar_pipeline("subsample", 2), classes),
     "flowar": (tiny_next_x.tiny_flowar_pipeline, classes),
     "unified": (tiny_unified.unified_pipeline, text),
-    "unified reading": (lambda: unified(UnifiedImageToTextPipeline), lambda pipe: pipe([PICTURE] * 2, ["what color is the cube?"] * 2)),
+    "unified reading": (
+        lambda: unified(UnifiedImageToTextPipeline),
+        lambda pipe: pipe([PICTURE] * 2, ["what color is the cube?"] * 2),
+    ),
     "inpainting": (
         lambda: unified(UnifiedInpaintPipeline),
         lambda pipe: pipe(["a red cube", "a"], [PICTURE] * 2, [MASK] * 2, generator=generators(2), output_type="pt"),
@@ -93,13 +96,18 @@ CASES: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     "janus": (tiny_janus.janus_pipeline, text),
     "janus reading": (tiny_janus.janus_pipeline, lambda pipe: pipe.chat([PICTURE] * 2, ["a", "b c"])),
     "ming": (tiny_ming.ming_pipeline, text),
-    "ming edit": (tiny_ming.ming_pipeline, lambda pipe: pipe(["a", "b"], [PICTURE] * 2, generator=generators(2), output_type="latent")),
+    "ming edit": (
+        tiny_ming.ming_pipeline,
+        lambda pipe: pipe(["a", "b"], [PICTURE] * 2, generator=generators(2), output_type="latent"),
+    ),
     "ming reading": (tiny_ming.ming_pipeline, lambda pipe: pipe.chat([PICTURE] * 2, ["a", "b c"])),
     "chameleon": (lambda: chameleon(ChameleonPipeline, tiny_chameleon.fixed_block()), text),
     "lumina": (lambda: chameleon(LuminaMGPTPipeline, tiny_chameleon.sized_block(), image_size=8), text),
     "lumina reading": (
         lambda: chameleon(LuminaMGPTPipeline, tiny_chameleon.sized_block(), image_size=8),
-        lambda pipe: pipe.describe([PICTURE] * 2, ["what is this", "describe"], max_new_tokens=6, generator=generators(2), cautious=True),
+        lambda pipe: pipe.describe(
+            [PICTURE] * 2, ["what is this", "describe"], max_new_tokens=6, generator=generators(2), cautious=True
+        ),
     ),
     "lumina jacobi": (
         lambda: accelerated(
@@ -107,10 +115,19 @@ CASES: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
         ),
         text,
     ),
-    "seed": (tiny_semantic.seed_pipeline, lambda pipe: pipe("a red bus", generator=generators(1), output_type="latent")),
+    "seed": (
+        tiny_semantic.seed_pipeline,
+        lambda pipe: pipe("a red bus", generator=generators(1), output_type="latent"),
+    ),
     "seed reading": (tiny_semantic.seed_pipeline, lambda pipe: pipe.describe(PICTURE, "what", generator=generators(1))),
-    "lavit": (tiny_semantic.lavit_pipeline, lambda pipe: pipe("a red bus", generator=generators(1), output_type="latent")),
-    "lavit reading": (tiny_semantic.lavit_pipeline, lambda pipe: pipe.describe(PICTURE, "what", generator=generators(1))),
+    "lavit": (
+        tiny_semantic.lavit_pipeline,
+        lambda pipe: pipe("a red bus", generator=generators(1), output_type="latent"),
+    ),
+    "lavit reading": (
+        tiny_semantic.lavit_pipeline,
+        lambda pipe: pipe.describe(PICTURE, "what", generator=generators(1)),
+    ),
 }
 
 
@@ -130,8 +147,10 @@ def test_a_gpu_gives_what_the_cpu_gives(name):
         pipe.to("cuda")
         syncs.clear()
         found = result(call(pipe))
-        open("/tmp/h4/syncs.txt", "a").write(f"{name} {dict(syncs)}\n")
     check(found, expected)
+    # Before and after the loop, not in it. Experts wait where their weights are not merged, speculation to know what was accepted.
+    if name in DRAWING and name not in ("ming", "lumina jacobi"):
+        assert syncs.total() <= 16, syncs
 
 
 def check(found: Any, expected: Any) -> None:
@@ -209,8 +228,12 @@ def test_models_are_made_without_memory(name):
     transformer = CASES[name][0]().transformer
     with torch.device("meta"):
         # diffusers takes arguments given without their name for defaults
-        empty = type(transformer).from_config({k: v for k, v in transformer.config.items() if k != "_use_default_values"})
-    assert {name: p.shape for name, p in empty.named_parameters()} == {name: p.shape for name, p in transformer.named_parameters()}
+        empty = type(transformer).from_config(
+            {k: v for k, v in transformer.config.items() if k != "_use_default_values"}
+        )
+    assert {name: p.shape for name, p in empty.named_parameters()} == {
+        name: p.shape for name, p in transformer.named_parameters()
+    }
 
 
 def test_explanations_of_a_gpu_are_of_pictures():
@@ -248,7 +271,9 @@ def test_image_tokens_are_dropped_on_a_gpu(acceleration):
 def test_devices_are_told_apart():
     with pretend_cuda() as syncs:
         here, there = torch.arange(3), torch.arange(3, device="cuda")
-        assert there.device == CUDA and (there + 1).device == CUDA and there.cpu().tolist() == there.tolist() == [0, 1, 2]
+        assert (
+            there.device == CUDA and (there + 1).device == CUDA and there.cpu().tolist() == there.tolist() == [0, 1, 2]
+        )
         for mixed in (lambda: here + there, lambda: here[there], lambda: torch.cat([there, torch.tensor([1])])):
             with pytest.raises(RuntimeError, match="device|indices"):
                 mixed()

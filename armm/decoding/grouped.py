@@ -149,7 +149,7 @@ class GroupedDecoding(SchedulerMixin, ConfigMixin):
         logits_kept = torch.empty(batch, total, high - low, device=device) if record_logits else None
         drawn = done = 0
         token = ids[:, :0]
-        places = [group.to(device) for group in groups]
+        places = torch.cat(groups).to(device).split([len(group) for group in groups])
         for step, cells in enumerate(places):
             if interrupt is not None and interrupt():
                 break

@@ -136,9 +136,9 @@ def captioned_coordinates(words: int, cells: Tensor, grid: Sequence[int]) -> Ten
 
     As in `unified_layout`: the words count up to the picture, which has order 0, and stand at its middle.
     """
-    middle = torch.tensor([(side - 1) / 2 for side in grid], device=cells.device).expand(words, 2)
+    middle = [torch.full((words, 1), (side - 1) / 2, device=cells.device) for side in grid]
     order = torch.arange(-words, 0, dtype=torch.float32, device=cells.device)[:, None]
-    text = torch.cat([order, middle], dim=1).expand(*cells.shape[:-2], -1, -1)
+    text = torch.cat([order, *middle], dim=1).expand(*cells.shape[:-2], -1, -1)
     return torch.cat([text, torch.nn.functional.pad(cells, (1, 0))], dim=-2)
 
 
