@@ -117,7 +117,8 @@ def resolve_file(path_or_link: Any, **options: Any) -> Path:
 def converted_folder(name: str, sources: Iterable[Path], config: dict[str, Any] | None = None) -> Path:
     """Where the conversion of `sources` with the options `config` under the name `name` is cached.
 
-    The folder lies in `ARMM_CACHE`, by default `armm` in the hub's home, and changes with the content of the files.
+    The folder lies in `ARMM_CACHE`, by default `armm` in the hub's home, and changes with the names and sizes of the files (the hub's
+    cache names files by their content).
     """
     from huggingface_hub import constants
 
