@@ -196,15 +196,6 @@ def test_rules_are_read_in_both_directions():
     assert caught.value.unknown == ["layers.x.wqkv.weight"]
 
 
-def test_two_tensors_for_one_place_must_agree():
-    rules = (keymap.Rule("a", "x"), keymap.Rule("b", "x"))
-    same = keymap.apply_rules({"a": torch.ones(2), "b": torch.ones(2)}, rules)
-    assert torch.equal(same["x"], torch.ones(2))
-    for other in (torch.zeros(2), torch.ones(3)):
-        with pytest.raises(CheckpointKeysError, match="stand for x"):
-            keymap.apply_rules({"a": torch.ones(2), "b": other}, rules)
-
-
 def test_only_1x1_convolutions_are_squeezed():
     assert keymap.squeeze_convolution(torch.zeros(4, 3, 1, 1), {}).shape == (4, 3)
     assert keymap.squeeze_convolution(torch.zeros(4), {}).shape == (4,)

@@ -118,13 +118,8 @@ def apply_rules(
         except CheckpointShapeError as error:
             raise CheckpointShapeError(f"{name}: {error}") from error
         values = result if isinstance(result, tuple) else (result,)
-        for template, value in zip(rule.targets, values, strict=True):
-            target = template.format(**match.groupdict())
-            known = converted.setdefault(target, value)
-            if known is not value and not (known.shape == value.shape and torch.equal(known, value)):
-                raise CheckpointKeysError(
-                    f"two tensors of the checkpoint stand for {target} and differ, {name} is the second.", unknown=[name]
-                )
+        for target, value in zip(rule.targets, values, strict=True):
+            converted[target.format(**match.groupdict())] = value
     if unknown:
         raise CheckpointKeysError(f"unknown tensors in the checkpoint: {_listed(unknown)}.", unknown=sorted(unknown))
     return converted
