@@ -21,7 +21,7 @@ from armm.nn.rotary import rotary_table
 
 from .base import VisualTokenizer
 from .codes import Codes
-from .quantizers import FSQ_LEVELS, FiniteScalarQuantizer, Generators
+from .quantizers import FSQ_LEVELS, FiniteScalarQuantizer, Generators, Quantized
 from .sparse import SparseTokens, Windows, grid_coordinates, patchify, unpatchify, windows
 from .vit import ViT
 
@@ -153,7 +153,8 @@ class ATokenTokenizer(VisualTokenizer):
         position_table: rows and columns of the learned positions, which are stretched over every picture.
         window_frames: frames of a temporal window, a multiple of a patch's.
         codebook_size: about so many ids of a codebook, one of those in `FSQ_LEVELS`; 0 makes continuous latents.
-        num_codebooks: ids of a patch.
+        num_codebooks: codebooks of the quantizer.
+        chunk_size: rows that a latent is cut into before it is quantised; a patch has `chunk_size * num_codebooks` ids.
     """
 
     _supports_gradient_checkpointing = False
@@ -179,6 +180,7 @@ class ATokenTokenizer(VisualTokenizer):
         window_frames: int = 16,
         codebook_size: int = 0,
         num_codebooks: int = 8,
+        chunk_size: int = 1,
     ) -> None:
         super().__init__()
         frames, height, width = patch_size
@@ -205,9 +207,15 @@ class ATokenTokenizer(VisualTokenizer):
         )
         self.pooling = PoolingHead(encoder_dim, encoder_heads, encoder_mlp_hidden, True)
         self.moments_projection = nn.Linear(encoder_dim, 2 * latent_channels, bias=False)
-        self.quantizer = (
-            FiniteScalarQuantizer(FSQ_LEVELS[codebook_size], num_codebooks, latent_channels) if codebook_size else None
-        )
+        self.quantizer = None
+        if codebook_size:
+            if chunk_size < 1 or latent_channels % chunk_size:
+                raise ValueError(
+                    f"`chunk_size` must be positive and divide `latent_channels`, {latent_channels}, got {chunk_size}."
+                )
+            self.quantizer = FiniteScalarQuantizer(
+                FSQ_LEVELS[codebook_size], num_codebooks, latent_channels, chunk_size
+            )
         self.decoder = SparseTransformer(
             latent_channels,
             decoder_dim,
@@ -227,7 +235,7 @@ class ATokenTokenizer(VisualTokenizer):
 
     @property
     def sub_codes(self) -> int:
-        return self.config.num_codebooks if self.is_discrete else 1
+        return 1 if self.quantizer is None else self.quantizer.ids_per_vector
 
     @property
     def latent_channels(self) -> int:
@@ -350,17 +358,28 @@ class ATokenTokenizer(VisualTokenizer):
         as_video = codes.grid[0] > 1 if as_video is None else as_video
         return videos if as_video else videos[:, :, 0]
 
-    def forward(self, pixels: torch.Tensor, *, generator: Generators = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Reconstruction of `pixels` from a sample of the posterior (or from quantized latents), and the moments, for training."""
+    def forward(
+        self, pixels: torch.Tensor, *, generator: Generators = None
+    ) -> tuple[torch.Tensor, torch.Tensor | Quantized]:
+        """For training: the reconstruction of `pixels`, with what made it.
+
+        Where there is a quantizer that is the quantisation, with vectors `[B, N, latent_channels]` and ids `[B, N, sub_codes]`; gradients
+        pass the rounding straight through, and the codes themselves have nothing to learn. Otherwise it is the moments
+        `[B * N, 2 * latent_channels]`, from which a latent is drawn.
+
+        Images and frames that patches do not fill are restored without what `patchify` cuts off.
+        """
+        self.check_pixels(pixels)
         tokens = self.tokens(list(pixels))
-        moments = self.encode_tokens(tokens).moments
+        found: torch.Tensor | Quantized = self.encode_tokens(tokens).moments
         if self.quantizer is not None:
-            latents = self.quantizer(moments[..., : self.latent_channels]).vectors
+            found = self.quantizer(found[:, : self.latent_channels].unflatten(0, (len(pixels), -1)))
+            latents = found.vectors.flatten(0, 1)
         else:
-            shape = (len(moments), self.latent_channels)
-            latents = self.sample(moments, randn_tensor(shape, generator=generator, device=moments.device))  # type: ignore[arg-type]
+            shape = (len(found), self.latent_channels)
+            latents = self.sample(found, randn_tensor(shape, generator=generator, device=found.device))  # type: ignore[arg-type]
         videos = torch.stack(self.pictures(self.decode_tokens(tokens.replace(latents))))
-        return (videos if pixels.ndim == 5 else videos[:, :, 0]), moments
+        return (videos[:, :, : pixels.shape[2]] if pixels.ndim == 5 else videos[:, :, 0]), found
 
     def check_pixels(self, pixels: torch.Tensor) -> None:
         """Raises ValueError unless `pixels` are images `[B, 3, H, W]` or videos `[B, 3, T, H, W]`; see `patchify` for sizes."""
@@ -384,7 +403,7 @@ class ATokenTokenizer(VisualTokenizer):
             return
         if codes.ids is None or codes.ids.ndim != 3 or codes.ids.shape[2] != self.sub_codes:
             raise ValueError(
-                f"`codes` must hold ids [B, N, {self.sub_codes}] of this tokenizer, one for each codebook."
+                f"`codes` must hold ids [B, N, {self.sub_codes}] of this tokenizer, one for each codebook and row."
             )
         low, high = (int(value) for value in codes.ids.aminmax())
         if low < 0 or high >= self.codebook_size:

@@ -40,18 +40,18 @@ _OPTION_NAMES = {
     "decoder_mlp_channels": "decoder_mlp_hidden",
     "quantizer_codebook_size": "codebook_size",
     "quantizer_num_codebooks": "num_codebooks",
+    "quantizer_chunk_size": "chunk_size",
     "temporal_window_size": "window_frames",
 }
 _OPTIONS = {
-    "patch_size", "in_channels", "out_channels", "latent_channels", "use_quantizer", "codebook_size", "num_codebooks", "window_frames",
-    "quantizer_feature_dim", *(f"{coder}_{part}" for coder in ("encoder", "decoder") for part in ("dim", "layers", "heads", "mlp_hidden")),
+    "patch_size", "in_channels", "out_channels", "latent_channels", "use_quantizer", "codebook_size", "num_codebooks", "chunk_size",
+    "window_frames", "quantizer_feature_dim", *(f"{coder}_{part}" for coder in ("encoder", "decoder") for part in ("dim", "layers", "heads", "mlp_hidden")),
 }  # fmt: skip
 # Constructor arguments that would make another architecture, with the values of the published ones.
 _FIXED: dict[str, tuple[Any, ...]] = {
     "encoder_attn_mode": ("full",), "decoder_attn_mode": ("full",), "encoder_pe_mode": ("joint",), "decoder_pe_mode": ("joint",),
     "encoder_qk_rms_norm": (False,), "decoder_qk_rms_norm": (True,), "encoder_use_bias": (True,), "decoder_use_bias": (False,),
     "encoder_use_rms_norm": (False,), "decoder_use_rms_norm": (True,), "use_decoder": (True,), "quantizer_type": ("fsq",),
-    "quantizer_chunk_size": (1,),
 }  # fmt: skip
 
 
@@ -196,4 +196,8 @@ def _quantizer(options: Mapping[str, Any], latent_channels: int) -> dict[str, An
         raise CheckpointShapeError(
             f"`config` says quantizer_feature_dim = {options['quantizer_feature_dim']}, but latents are {latent_channels} wide."
         )
-    return {"codebook_size": size, "num_codebooks": options.get("num_codebooks", 8)}
+    return {
+        "codebook_size": size,
+        "num_codebooks": options.get("num_codebooks", 8),
+        "chunk_size": options.get("chunk_size", 1),
+    }
