@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from armm.convert import CheckpointKeysError, convert
+from armm.convert.atoken import RULES
 from armm.convert.containers import CheckpointShapeError
 from armm.nn.rotary import rotary_table
 from tokenizers_visual import ATokenTokenizer, Codes, FiniteScalarQuantizer, SparseTokens
@@ -147,10 +148,16 @@ def test_a_vector_in_rows_has_the_ids_of_its_rows(chunks, codebooks, seed):
     levels = [4, 3]
     rows = FiniteScalarQuantizer(levels, codebooks, chunks=chunks)
     vectors = 2 * torch.randn(5, rows.dim, generator=generator)
-    whole = FiniteScalarQuantizer(levels, chunks * codebooks)  # without layers, rows are no more than the order of channels
+    whole = FiniteScalarQuantizer(
+        levels, chunks * codebooks
+    )  # without layers, rows are no more than the order of channels
     assert rows.dim == whole.dim and rows.ids_per_vector == whole.ids_per_vector == chunks * codebooks
-    assert torch.equal(rows(vectors).ids, whole(vectors).ids) and torch.equal(rows(vectors).vectors, whole(vectors).vectors)
-    narrow = FiniteScalarQuantizer(levels, codebooks, dim=5 * chunks, chunks=chunks)  # with layers, all rows have the same
+    assert torch.equal(rows(vectors).ids, whole(vectors).ids) and torch.equal(
+        rows(vectors).vectors, whole(vectors).vectors
+    )
+    narrow = FiniteScalarQuantizer(
+        levels, codebooks, dim=5 * chunks, chunks=chunks
+    )  # with layers, all rows have the same
     vectors = (2 * torch.randn(2, 3, 5 * chunks, generator=generator)).requires_grad_()
     out, one = narrow(vectors), FiniteScalarQuantizer(levels, codebooks, dim=5)
     one.load_state_dict(narrow.state_dict())
@@ -174,7 +181,9 @@ def test_a_tokenizer_cuts_latents_into_rows(discrete, tmp_path):
     assert codes.ids.shape == (2, 4, 6) and projected.decode(codes).shape == images.shape
     projected.save_pretrained(tmp_path)
     again = ATokenTokenizer.from_pretrained(tmp_path)
-    assert torch.equal(again.encode(images).ids, codes.ids) and torch.equal(again.decode(codes), projected.decode(codes))
+    assert torch.equal(again.encode(images).ids, codes.ids) and torch.equal(
+        again.decode(codes), projected.decode(codes)
+    )
 
 
 # ---------------------------------------------------------------------- the tokenizer
@@ -308,7 +317,10 @@ def test_bad_inputs_are_named(continuous, discrete):
         ({"patch_size": [2, 4, 8]}, "`patch_size` must be"),
         ({"window_frames": 5}, "`window_frames` must be a multiple"),
         ({"codebook_size": 63}, "`codebook_size` must be 0 or one of"),
-        ({"codebook_size": 64, "chunk_size": 4}, "`chunk_size` must be positive and divide `latent_channels`, 6, got 4"),
+        (
+            {"codebook_size": 64, "chunk_size": 4},
+            "`chunk_size` must be positive and divide `latent_channels`, 6, got 4",
+        ),
         ({"encoder_heads": 4}, "a multiple of 8 wide"),
     ):
         with pytest.raises(ValueError, match=match):
@@ -355,23 +367,23 @@ def test_the_converter_says_what_a_file_does_not(tmp_path):
         convert("atoken", file, config={"patch_size": [2, 4, 4], "encoder_heads": 2, **options})
 
 
+@torch.no_grad()
 def test_a_file_of_a_tokenizer_with_rows_is_converted(tmp_path):
     ours = tokenizer(latent_channels=8, codebook_size=64, num_codebooks=3, chunk_size=2)
-    state, own = {}, ours.state_dict()
-    for rule in RULES:
-        for name in [name for name in own if name.startswith("quantizer.")]:
-            if (source := rule.source_of(name)) is not None:
-                state[source] = own[name]
-    assert sorted(state) == [f"quantizer.project_{way}.{leaf}" for way in ("in", "out") for leaf in ("bias", "weight")]
+    parts: dict[str, list[torch.Tensor]] = {}
+    for name, tensor in ours.state_dict().items():
+        parts.setdefault(next(found for rule in RULES if (found := rule.source_of(name))), []).append(tensor)
+    state = {name: torch.cat(tensors) if len(tensors) > 1 else tensors[0] for name, tensors in parts.items()}
     assert state["quantizer.project_in.weight"].shape == (6, 4)
-    options = {"use_quantizer": True, "quantizer_codebook_size": 64, "quantizer_num_codebooks": 3, "quantizer_chunk_size": 2}
-    found = tokenizer_arguments(
-        {
-            "encoder.input_layer.weight": torch.zeros(16, 96), "proj.weight": torch.zeros(16, 16),
-            **{f"{coder}.pos_embedder.position_embedding.weight": torch.zeros(16, 16) for coder in ("encoder", "decoder")},
-            **{f"{coder}.blocks.0.mlp.mlp.0.weight": torch.zeros(24, 16) for coder in ("encoder", "decoder")},
-            "decoder.blocks.0.attn.q_rms_norm.gamma": torch.ones(2, 8),
-        },
-        _read({"patch_size": [2, 4, 4], "encoder_heads": 2, **options}),
-    )  # fmt: skip
-    assert (found["codebook_size"], found["num_codebooks"], found["chunk_size"]) == (64, 3, 2)
+    torch.save(state, tmp_path / "atoken-rows.pt")
+    options = {
+        "patch_size": TINY["patch_size"], "encoder_num_heads": 2, "temporal_window_size": 4, "use_quantizer": True,
+        "quantizer_codebook_size": 64, "quantizer_num_codebooks": 3, "quantizer_chunk_size": 2, "quantizer_feature_dim": 8,
+    }  # fmt: skip
+    theirs = convert("atoken", tmp_path / "atoken-rows.pt", config=options).eval()
+    images = torch.rand(2, 3, 8, 12) * 2 - 1
+    codes = ours.encode(images)
+    assert theirs.sub_codes == 6 and torch.equal(theirs.encode(images).ids, codes.ids)
+    assert torch.equal(theirs.decode(codes), ours.decode(codes))
+    with pytest.raises(CheckpointShapeError, match=r"quantizer\.project_in\.weight"):
+        convert("atoken", tmp_path / "atoken-rows.pt", config={**options, "quantizer_chunk_size": 4})

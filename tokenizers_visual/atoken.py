@@ -371,15 +371,17 @@ class ATokenTokenizer(VisualTokenizer):
         """
         self.check_pixels(pixels)
         tokens = self.tokens(list(pixels))
-        found: torch.Tensor | Quantized = self.encode_tokens(tokens).moments
+        moments = self.encode_tokens(tokens).moments
+        quantized = None
         if self.quantizer is not None:
-            found = self.quantizer(found[:, : self.latent_channels].unflatten(0, (len(pixels), -1)))
-            latents = found.vectors.flatten(0, 1)
+            quantized = self.quantizer(moments[:, : self.latent_channels].unflatten(0, (len(pixels), -1)))
+            latents = quantized.vectors.flatten(0, 1)
         else:
-            shape = (len(found), self.latent_channels)
-            latents = self.sample(found, randn_tensor(shape, generator=generator, device=found.device))  # type: ignore[arg-type]
+            shape = (len(moments), self.latent_channels)
+            latents = self.sample(moments, randn_tensor(shape, generator=generator, device=moments.device))  # type: ignore[arg-type]
         videos = torch.stack(self.pictures(self.decode_tokens(tokens.replace(latents))))
-        return (videos[:, :, : pixels.shape[2]] if pixels.ndim == 5 else videos[:, :, 0]), found
+        restored = videos[:, :, : pixels.shape[2]] if pixels.ndim == 5 else videos[:, :, 0]
+        return restored, moments if quantized is None else quantized
 
     def check_pixels(self, pixels: torch.Tensor) -> None:
         """Raises ValueError unless `pixels` are images `[B, 3, H, W]` or videos `[B, 3, T, H, W]`; see `patchify` for sizes."""

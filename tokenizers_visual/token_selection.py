@@ -104,7 +104,7 @@ class TokenMerger(nn.Module):
             features: `[B, N, dim]`.
             keep: bool `[B, N]`, or the 0 and 1 of `TokenSelector.relax`, to which gradients then pass.
         """
-        if not keep.requires_grad:
+        if not (keep.requires_grad and torch.is_grad_enabled()):
             keep = keep.bool()
         dropped = 1 - keep if keep.is_floating_point() else ~keep
         return self.transformer(

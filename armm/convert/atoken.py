@@ -45,7 +45,8 @@ _OPTION_NAMES = {
 }
 _OPTIONS = {
     "patch_size", "in_channels", "out_channels", "latent_channels", "use_quantizer", "codebook_size", "num_codebooks", "chunk_size",
-    "window_frames", "quantizer_feature_dim", *(f"{coder}_{part}" for coder in ("encoder", "decoder") for part in ("dim", "layers", "heads", "mlp_hidden")),
+    "window_frames", "quantizer_feature_dim",
+    *(f"{coder}_{part}" for coder in ("encoder", "decoder") for part in ("dim", "layers", "heads", "mlp_hidden")),
 }  # fmt: skip
 # Constructor arguments that would make another architecture, with the values of the published ones.
 _FIXED: dict[str, tuple[Any, ...]] = {
