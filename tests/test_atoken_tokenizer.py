@@ -337,6 +337,12 @@ def test_bad_inputs_are_named(continuous, discrete):
         continuous.encode(torch.zeros(1, 3, 8, 8), noise=torch.zeros(1, 1, 6))
     with pytest.raises(ValueError, match="`coordinates`"):
         continuous.voxel_tokens(torch.zeros(3, 7), torch.zeros(2, 3, dtype=torch.long))
+    with pytest.raises(ValueError, match="`coordinates` must be integers"):
+        continuous.voxel_tokens(torch.zeros(3, 7), torch.zeros(3, 3))
+    with pytest.raises(ValueError, match="must be 96 wide, as patches of this tokenizer are, got 5"):
+        continuous.encode_tokens(SparseTokens(torch.zeros(1, 5), torch.zeros(1, 5, dtype=torch.long)))
+    with pytest.raises(ValueError, match="ids are not drawn"):
+        discrete.encode(torch.zeros(1, 3, 8, 8), sample=True)
 
 
 def test_the_converter_says_what_a_file_does_not(tmp_path):

@@ -309,6 +309,21 @@ def test_a_saved_tokenizer_is_the_same(entry, tmp_path):
 
 
 @every_entry
+@torch.no_grad()
+def test_half_precision_takes_pictures_in_float32(entry, tmp_path):
+    model, shape = build(entry), entry.sizes[0]
+    model.save_pretrained(tmp_path)
+    half = load_tokenizer(tmp_path, dtype=torch.bfloat16)
+    assert any(parameter.dtype == torch.bfloat16 for parameter in half.parameters())
+    codes = half.encode(pictures(shape), **entry.encode(shape))
+    assert codes.is_discrete == model.is_discrete
+    half(pictures(shape))  # the same for training
+    if entry.paints:
+        restored = half.decode(codes, generator=generators(3), **entry.decode(shape))
+        assert restored.shape == (3, *shape) and restored.isfinite().all()
+
+
+@every_entry
 def test_every_parameter_is_trained(entry):
     model = build(entry).train()
     entry.loss(model, pictures(entry.sizes[0])).backward()
@@ -330,6 +345,9 @@ def test_wrong_pictures_are_refused(entry):
         pixels[0],
         torch.cat([pixels, pixels], dim=1),
         pixels[:, :, :0],
+        pixels[:0],
+        (pixels + 1) * 127.5,
+        pixels * float("nan"),
     ):
         with pytest.raises(ValueError, match="`pixels`|frames"):
             model.encode(wrong, **options)
@@ -353,7 +371,9 @@ def test_wrong_codes_are_refused(entry):
     else:
         wrong = [replace(codes, latents=torch.cat([codes.latents, codes.latents], dim=-1))]
         other = Codes(ids=torch.zeros(3, codes.num_tokens, dtype=torch.int64), grid=codes.grid)
-    for item in [*wrong, other]:
+    kind = "ids" if codes.is_discrete else "latents"
+    nothing = [Codes(**{kind: codes.tensor[:0]}), Codes(**{kind: codes.tensor[:, :0]})]
+    for item in [*wrong, *nothing, other]:
         for use in (model.embed, lambda codes: model.decode(codes, **options))[: 1 + entry.paints]:
             with pytest.raises(ValueError, match="`codes"):
                 use(item)

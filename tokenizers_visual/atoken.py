@@ -257,8 +257,10 @@ class ATokenTokenizer(VisualTokenizer):
         return patchify([item[:, None] if item.ndim == 3 else item for item in pixels], self.patch_size)
 
     def voxel_tokens(self, features: torch.Tensor, coordinates: torch.Tensor, number: int = 0) -> SparseTokens:
-        """Voxels as tokens: features `[N, F]` in [0, 1] of the occupied ones and their places int64 `[N, 3]`; number: in the batch."""
+        """Voxels as tokens: features `[N, F]` in [0, 1] of the occupied ones and their places, integers `[N, 3]`; number: in the batch."""
         width = self.pixel_projection.out_features
+        if coordinates.is_floating_point():
+            raise ValueError(f"`coordinates` must be integers, the numbers of voxels along each axis, got {coordinates.dtype}.")
         if features.ndim != 2 or features.shape[1] > width or tuple(coordinates.shape) != (len(features), 3):
             raise ValueError(
                 f"`features` must be [N, up to {width}] and `coordinates` [N, 3], got {tuple(features.shape)} and "
@@ -274,6 +276,11 @@ class ATokenTokenizer(VisualTokenizer):
     @apply_forward_hook
     def encode_tokens(self, tokens: SparseTokens) -> TokenEncoding:
         """Latent moments, a pooled vector for each thing and features of tokens."""
+        width = self.pixel_projection.out_features
+        if tokens.features.shape[1] != width:
+            raise ValueError(
+                f"features of tokens must be {width} wide, as patches of this tokenizer are, got {tokens.features.shape[1]}."
+            )
         features = self.encoder(tokens, self.placed(tokens.coordinates))
         things = windows(tokens.coordinates, None)
         pooled = F.normalize(self.pooling(things.gather(features), things.mask), dim=-1)
@@ -319,6 +326,8 @@ class ATokenTokenizer(VisualTokenizer):
         moments = self.encode_tokens(tokens).moments.unflatten(0, (batch, -1))
         grid = tuple(int(size) + 1 for size in tokens.coordinates[:, 1:4].amax(0))
         if self.quantizer is not None:
+            if sample or noise is not None:
+                raise ValueError("ids are not drawn: leave out `sample` and `noise`, or use a tokenizer with `codebook_size=0`.")
             return Codes(ids=self.quantizer.ids(moments[..., : self.latent_channels]), grid=grid)  # type: ignore[arg-type]
         shape = (*moments.shape[:2], self.latent_channels)
         if noise is None and sample:
@@ -390,23 +399,20 @@ class ATokenTokenizer(VisualTokenizer):
             pixels.ndim not in (4, 5)
             or pixels.shape[1] != channels
             or not pixels.is_floating_point()
-            or not len(pixels)
         ):
             raise ValueError(
                 f"`pixels` must be floating point, [B, {channels}, H, W] or [B, {channels}, T, H, W] in [-1, 1], got {pixels.dtype} of "
                 f"shape {tuple(pixels.shape)}."
             )
+        self.check_values(pixels)
 
     def check_codes(self, codes: Codes) -> None:
         """Raises ValueError unless `codes` are of this tokenizer's kind and width."""
         if self.quantizer is None:
-            if codes.latents is None or codes.latents.shape[2] != self.latent_channels:
-                raise ValueError(f"`codes` must hold latents [B, N, {self.latent_channels}] of this tokenizer.")
+            self.check_latents(codes)
             return
         if codes.ids is None or codes.ids.ndim != 3 or codes.ids.shape[2] != self.sub_codes:
             raise ValueError(
                 f"`codes` must hold ids [B, N, {self.sub_codes}] of this tokenizer, one for each codebook and row."
             )
-        low, high = (int(value) for value in codes.ids.aminmax())
-        if low < 0 or high >= self.codebook_size:
-            raise ValueError(f"`codes.ids` must lie in [0, {self.codebook_size - 1}], got values from {low} to {high}.")
+        self.check_id_values(codes.ids)
