@@ -260,7 +260,9 @@ class ATokenTokenizer(VisualTokenizer):
         """Voxels as tokens: features `[N, F]` in [0, 1] of the occupied ones and their places, integers `[N, 3]`; number: in the batch."""
         width = self.pixel_projection.out_features
         if coordinates.is_floating_point():
-            raise ValueError(f"`coordinates` must be integers, the numbers of voxels along each axis, got {coordinates.dtype}.")
+            raise ValueError(
+                f"`coordinates` must be integers, the numbers of voxels along each axis, got {coordinates.dtype}."
+            )
         if features.ndim != 2 or features.shape[1] > width or tuple(coordinates.shape) != (len(features), 3):
             raise ValueError(
                 f"`features` must be [N, up to {width}] and `coordinates` [N, 3], got {tuple(features.shape)} and "
@@ -327,7 +329,9 @@ class ATokenTokenizer(VisualTokenizer):
         grid = tuple(int(size) + 1 for size in tokens.coordinates[:, 1:4].amax(0))
         if self.quantizer is not None:
             if sample or noise is not None:
-                raise ValueError("ids are not drawn: leave out `sample` and `noise`, or use a tokenizer with `codebook_size=0`.")
+                raise ValueError(
+                    "ids are not drawn: leave out `sample` and `noise`, or use a tokenizer with `codebook_size=0`."
+                )
             return Codes(ids=self.quantizer.ids(moments[..., : self.latent_channels]), grid=grid)  # type: ignore[arg-type]
         shape = (*moments.shape[:2], self.latent_channels)
         if noise is None and sample:
@@ -395,11 +399,7 @@ class ATokenTokenizer(VisualTokenizer):
     def check_pixels(self, pixels: torch.Tensor) -> None:
         """Raises ValueError unless `pixels` are images `[B, 3, H, W]` or videos `[B, 3, T, H, W]`; see `patchify` for sizes."""
         channels = self.config.in_channels
-        if (
-            pixels.ndim not in (4, 5)
-            or pixels.shape[1] != channels
-            or not pixels.is_floating_point()
-        ):
+        if pixels.ndim not in (4, 5) or pixels.shape[1] != channels or not pixels.is_floating_point():
             raise ValueError(
                 f"`pixels` must be floating point, [B, {channels}, H, W] or [B, {channels}, T, H, W] in [-1, 1], got {pixels.dtype} of "
                 f"shape {tuple(pixels.shape)}."

@@ -12,7 +12,6 @@ from armm.nn.int8_weights import Int8Weights
 
 from .codes import Codes
 
-
 # Pixels are in [-1, 1]; resizing overshoots, noise is larger, but what is beyond this is in another range.
 PIXEL_LIMIT = 8.0
 
@@ -117,7 +116,9 @@ class VisualTokenizer(Int8Weights, ModelMixin, ConfigMixin):
     def check_id_values(self, ids: torch.Tensor) -> None:
         """Raises ValueError unless there are `ids` of any shape, and all are of this tokenizer's codebook."""
         if not ids.numel():
-            raise ValueError(f"`codes` are empty: an image has at least one code, got `ids` of shape {tuple(ids.shape)}.")
+            raise ValueError(
+                f"`codes` are empty: an image has at least one code, got `ids` of shape {tuple(ids.shape)}."
+            )
         low, high = ids.aminmax()
         if low < 0 or high >= self.codebook_size:
             raise ValueError(

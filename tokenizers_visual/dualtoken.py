@@ -291,7 +291,9 @@ class DualTokenTokenizer(VisualTokenizer):
             found = "latents" if codes.ids is None else f"ids {tuple(codes.ids.shape)}"
             raise ValueError(f"`codes` must hold ids [B, N, {self.sub_codes}], semantic then pixel ids, got {found}.")
         if not codes.ids.numel():
-            raise ValueError(f"`codes` are empty: an image has at least one code, got `ids` of shape {tuple(codes.ids.shape)}.")
+            raise ValueError(
+                f"`codes` are empty: an image has at least one code, got `ids` of shape {tuple(codes.ids.shape)}."
+            )
         sizes = torch.tensor(self.codebook_sizes, device=codes.ids.device)
         if bool(((codes.ids < 0) | (codes.ids >= sizes)).any()):
             low, high = codes.ids.aminmax()

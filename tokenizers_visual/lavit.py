@@ -25,12 +25,14 @@ class SelectedCodes(NamedTuple):
     """What `LaVITTokenizer.forward` makes of images, for training.
 
     `quantized`: `vectors` `[B, N, codebook_dim]` (zeros behind the codes of an image), `ids` `[B, N]` and the losses of the codes that
-    are real. `mask`: bool `[B, N]`, which are. `keep`: float32 `[B, patches]`, 1 for kept patches and 0 for others, with gradients.
-    `features`: `[B, patches, dim]` of the vision transformer, what a decoder is to restore.
+    are real. `mask`: bool `[B, N]`, which are. `vectors`: float32 `[M, codebook_dim]`, what became the M real codes.
+    `keep`: float32 `[B, patches]`, 1 for kept patches and 0 for others, with gradients. `features`: `[B, patches, dim]` of the vision
+    transformer, what a decoder is to restore.
     """
 
     quantized: Quantized
     mask: torch.Tensor
+    vectors: torch.Tensor
     keep: torch.Tensor
     features: torch.Tensor
 
@@ -215,12 +217,13 @@ class LaVITTokenizer(SemanticTokenizer):
         keep = self.selector.relax(log_probs, _gumbel_noise(log_probs, generator, True, noise), temperature)
         kept, mask = gather_kept(self.merger(features, keep), keep.bool())
         weights, _ = gather_kept(keep.unsqueeze(-1), keep.bool())
-        found = self.quantizer(F.normalize(self.quant_proj(kept[mask]).float(), dim=-1))
-        vectors = found.vectors.new_zeros(*mask.shape, self.latent_channels)
-        vectors[mask] = found.vectors
+        vectors = F.normalize(self.quant_proj(kept[mask]).float(), dim=-1)
+        found = self.quantizer(vectors)
+        codes = found.vectors.new_zeros(*mask.shape, self.latent_channels)
+        codes[mask] = found.vectors
         ids = found.ids.new_zeros(mask.shape)
         ids[mask] = found.ids
-        return SelectedCodes(found._replace(vectors=vectors * weights, ids=ids), mask, keep, features)
+        return SelectedCodes(found._replace(vectors=codes * weights, ids=ids), mask, vectors, keep, features)
 
 
 def _gumbel_noise(

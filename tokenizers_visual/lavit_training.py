@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .lavit import LaVITTokenizer
+from .lavit import LaVITTokenizer, SelectedCodes
 from .lavit_decoder import LaVITDecoder
 from .quantizers import Generators
 
@@ -15,7 +15,7 @@ __all__ = ["LaVITLosses", "lavit_losses"]
 
 
 class LaVITLosses(NamedTuple):
-    """Scalars, of which training minimises `total`.
+    """Four scalars, whose weighted sum (`total`) training minimises, and `selected`, what they were computed from.
 
     `reconstruction`: one less the cosine of restored and original features. `rate`: squared distance of the share of kept patches to the
     wanted one. `codebook`: of the codes to the vectors; `commitment`: of the vectors to the codes.
@@ -25,9 +25,11 @@ class LaVITLosses(NamedTuple):
     rate: torch.Tensor
     codebook: torch.Tensor
     commitment: torch.Tensor
+    selected: SelectedCodes
 
     def total(self, rate: float = 2.0, codebook: float = 1.0, commitment: float = 0.25) -> torch.Tensor:
-        """The weighted sum. Without `codebook` (0) the codes are to be moved by a `MovingAverageCodebook`."""
+        """The weighted sum. With `codebook=0` the codes are to be moved by a `MovingAverageCodebook`, from `selected.vectors` and
+        `selected.quantized.ids[selected.mask]`."""
         return self.reconstruction + rate * self.rate + codebook * self.codebook + commitment * self.commitment
 
 
@@ -68,4 +70,4 @@ def lavit_losses(
     restored = decoder.features(quantized.vectors, selected.mask)
     cosine = F.cosine_similarity(restored.float(), selected.features.detach().float(), dim=-1)
     rate = (selected.keep.mean() - keep_rate).square()
-    return LaVITLosses(1 - cosine.mean(), rate, quantized.codebook_loss, quantized.commitment_loss)
+    return LaVITLosses(1 - cosine.mean(), rate, quantized.codebook_loss, quantized.commitment_loss, selected)
