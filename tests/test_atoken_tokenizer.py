@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from armm.convert import CheckpointKeysError, convert
 from armm.convert.atoken import RULES
-from armm.convert.containers import CheckpointShapeError
+from armm.convert.containers import CheckpointShapeError, UnreadableCheckpointError
 from armm.nn.rotary import rotary_table
 from tokenizers_visual import ATokenTokenizer, Codes, FiniteScalarQuantizer, SparseTokens
 from tokenizers_visual.atoken import ROTARY_THETA
@@ -350,6 +350,9 @@ def test_the_converter_says_what_a_file_does_not(tmp_path):
     torch.save({"something": torch.zeros(2)}, file)
     with pytest.raises(CheckpointKeysError, match="lacks encoder.input_layer.weight"):
         convert("atoken", file)
+    torch.save({"something": torch.zeros(2)}, tmp_path / "3d_decode_gs.pt")
+    with pytest.raises(UnreadableCheckpointError, match="Gaussian decoder"):
+        convert("atoken", tmp_path / "3d_decode_gs.pt")
     with pytest.raises(ValueError, match="unknown `config` options heads"):
         convert("atoken", file, config={"heads": 2})
     with pytest.raises(ValueError, match="encoder_pe_mode = 'ape'"):

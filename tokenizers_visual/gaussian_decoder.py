@@ -27,8 +27,8 @@ class GaussianDecoder(ModelMixin, ConfigMixin):
     A transformer in which voxels see those of the same cube of `window` voxels a side; every second block has its cubes shifted by half
     of that. Width, depth, windows and the number of Gaussians are those of AToken's decoder, offsets are bounded as in its source
     (position = voxel + tanh(offset)). The rest is ours, since nothing that we read says it: sine-cosine positions added at the
-    input, layer norms, and how scales, opacities, rotations and colors come from numbers (`gaussians_of`, as in arXiv 2308.04079).
-    So the authors' `3d_decode_gs.pt` cannot be loaded.
+    input, attention heads 64 wide, layer norms, and how scales, opacities, rotations and colors come from numbers (`gaussians_of`, as
+    in arXiv 2308.04079). So the authors' `3d_decode_gs.pt` cannot be loaded.
 
     Args:
         in_channels: of the voxels' features that are read, the first ones. AToken's patches are wider than what stands in them of a

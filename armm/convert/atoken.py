@@ -18,7 +18,7 @@ from armm.hub import resolve_file
 from tokenizers_visual.atoken import ATokenTokenizer
 from tokenizers_visual.quantizers import FSQ_LEVELS
 
-from .containers import CheckpointShapeError, load_state_dict
+from .containers import CheckpointShapeError, UnreadableCheckpointError, load_state_dict
 from .facts import compare, count, read_mapping, shape
 from .keymap import Rule, apply_rules, load_strict, split_thirds
 from .mingtok import halves
@@ -27,6 +27,7 @@ from .mingtok import halves
 PUBLISHED_HEADS = {1152: 16}
 PUBLISHED_PATCHES = {3072: (4, 16, 16)}
 DISCRETE_FILE = "atoken-sod"  # the discrete one differs from atoken-soc in its use only
+GAUSSIANS_FILE = "3d_decode_gs"
 
 # Authors' constructor arguments -> ours.
 _OPTION_NAMES = {
@@ -111,6 +112,11 @@ def convert(
         hub_options: of the hub.
     """
     file = resolve_file(path, **hub_options)
+    if Path(file).name.startswith(GAUSSIANS_FILE):
+        raise UnreadableCheckpointError(
+            f"{Path(file).name} is the authors' Gaussian decoder, the layout of whose tensors is not known here: convert an atoken-*.pt, "
+            "and train a `GaussianDecoder` of your own."
+        )
     options = read_mapping(config)
     if Path(file).name.startswith(DISCRETE_FILE):
         options = {"use_quantizer": True, **options}
