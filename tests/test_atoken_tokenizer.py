@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from armm.convert import CheckpointKeysError, convert
-from armm.convert.containers import CheckpointShapeError
+from armm.convert.atoken import RULES
+from armm.convert.containers import CheckpointShapeError, UnreadableCheckpointError
 from armm.nn.rotary import rotary_table
 from tokenizers_visual import ATokenTokenizer, Codes, FiniteScalarQuantizer, SparseTokens
 from tokenizers_visual.atoken import ROTARY_THETA
@@ -134,6 +135,55 @@ def test_gradients_pass_the_rounding_and_the_projections():
     torch.testing.assert_close(quantizer.lookup(out.ids), out.vectors)
     with pytest.raises(ValueError, match="at least 2"):
         FiniteScalarQuantizer([5, 1])
+    for options in ({"chunks": 0}, {"chunks": 2, "dim": 5}):
+        with pytest.raises(ValueError, match="`chunks` must be positive and divide"):
+            FiniteScalarQuantizer([5, 3], **options)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 4), st.integers(1, 3), st.integers(0, 99))
+def test_a_vector_in_rows_has_the_ids_of_its_rows(chunks, codebooks, seed):
+    torch.manual_seed(seed)  # weights of the layers
+    generator = torch.Generator().manual_seed(seed)
+    levels = [4, 3]
+    rows = FiniteScalarQuantizer(levels, codebooks, chunks=chunks)
+    vectors = 2 * torch.randn(5, rows.dim, generator=generator)
+    whole = FiniteScalarQuantizer(
+        levels, chunks * codebooks
+    )  # without layers, rows are no more than the order of channels
+    assert rows.dim == whole.dim and rows.ids_per_vector == whole.ids_per_vector == chunks * codebooks
+    assert torch.equal(rows(vectors).ids, whole(vectors).ids) and torch.equal(
+        rows(vectors).vectors, whole(vectors).vectors
+    )
+    narrow = FiniteScalarQuantizer(
+        levels, codebooks, dim=5 * chunks, chunks=chunks
+    )  # with layers, all rows have the same
+    vectors = (2 * torch.randn(2, 3, 5 * chunks, generator=generator)).requires_grad_()
+    out, one = narrow(vectors), FiniteScalarQuantizer(levels, codebooks, dim=5)
+    one.load_state_dict(narrow.state_dict())
+    alone = one(vectors.unflatten(-1, (chunks, 5)))
+    assert torch.equal(out.ids, alone.ids.flatten(-2)) and torch.equal(out.ids, narrow.ids(vectors))
+    torch.testing.assert_close(out.vectors, alone.vectors.flatten(-2))
+    torch.testing.assert_close(narrow.lookup(out.ids), out.vectors)
+    out.vectors.square().sum().backward()
+    assert vectors.grad.abs().sum() > 0 and narrow.project_in.weight.grad.abs().sum() > 0
+
+
+@torch.no_grad()
+def test_a_tokenizer_cuts_latents_into_rows(discrete, tmp_path):
+    images = torch.rand(2, 3, 8, 8) * 2 - 1
+    rows = tokenizer(codebook_size=64, num_codebooks=1, chunk_size=3)
+    rows.load_state_dict(discrete.state_dict())
+    assert (rows.sub_codes, rows.latent_channels, rows.bits_per_token) == (3, 6, 18)
+    assert torch.equal(rows.encode(images).ids, discrete.encode(images).ids)
+    projected = tokenizer(latent_channels=8, codebook_size=64, num_codebooks=3, chunk_size=2)
+    codes = projected.encode(images)
+    assert codes.ids.shape == (2, 4, 6) and projected.decode(codes).shape == images.shape
+    projected.save_pretrained(tmp_path)
+    again = ATokenTokenizer.from_pretrained(tmp_path)
+    assert torch.equal(again.encode(images).ids, codes.ids) and torch.equal(
+        again.decode(codes), projected.decode(codes)
+    )
 
 
 # ---------------------------------------------------------------------- the tokenizer
@@ -225,15 +275,32 @@ def test_samples_follow_their_generators(continuous):
     assert torch.equal(continuous.encode(images, noise=zeros).tensor, continuous.encode(images).tensor)
 
 
-@pytest.mark.parametrize("kind", ["continuous", "discrete"])
-def test_every_parameter_learns(kind, request):
-    model = tokenizer(**({"codebook_size": 64, "num_codebooks": 3} if kind == "discrete" else {})).train()
-    video = torch.rand(1, 3, 6, 8, 8) * 2 - 1
-    restored, moments = model(video)
-    assert restored.shape == video.shape
-    (restored.square().mean() + moments.square().mean()).backward()
-    unused = {name for name, parameter in model.named_parameters() if parameter.grad is None}
-    assert all(name.startswith("pooling.") for name in unused)
+def test_training_restores_what_was_given(continuous, discrete):
+    for shape in ((2, 3, 8, 12), (2, 3, 6, 8, 8), (2, 3, 1, 8, 8)):
+        pixels = torch.rand(*shape) * 2 - 1
+        count = (max(shape[2] // 2, 1) if len(shape) == 5 else 1) * (shape[-2] // 4) * (shape[-1] // 4)
+        restored, moments = continuous(pixels, generator=torch.Generator().manual_seed(0))
+        assert restored.shape == pixels.shape and moments.shape == (2 * count, 12)
+        restored, quantized = discrete(pixels)
+        codes = discrete.encode(pixels)
+        assert restored.shape == pixels.shape and torch.equal(quantized.ids, codes.ids)
+        torch.testing.assert_close(quantized.vectors, discrete.embed(codes))
+        decoded = discrete.decode(codes, as_video=len(shape) == 5)
+        torch.testing.assert_close(restored, decoded[:, :, : shape[2]] if len(shape) == 5 else decoded)
+
+
+def test_the_discrete_tokenizer_learns_to_restore_a_picture():
+    model = tokenizer(codebook_size=64, num_codebooks=3).train()
+    pixels = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    optimizer = torch.optim.Adam(model.encoder.parameters(), lr=3e-3)  # all that it learns has passed the rounding
+    losses = []
+    for _ in range(40):
+        loss = (model(pixels)[0] - pixels).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert min(losses[-5:]) < 0.9 * losses[0]
 
 
 @torch.no_grad()
@@ -250,6 +317,10 @@ def test_bad_inputs_are_named(continuous, discrete):
         ({"patch_size": [2, 4, 8]}, "`patch_size` must be"),
         ({"window_frames": 5}, "`window_frames` must be a multiple"),
         ({"codebook_size": 63}, "`codebook_size` must be 0 or one of"),
+        (
+            {"codebook_size": 64, "chunk_size": 4},
+            "`chunk_size` must be positive and divide `latent_channels`, 6, got 4",
+        ),
         ({"encoder_heads": 4}, "a multiple of 8 wide"),
     ):
         with pytest.raises(ValueError, match=match):
@@ -266,6 +337,12 @@ def test_bad_inputs_are_named(continuous, discrete):
         continuous.encode(torch.zeros(1, 3, 8, 8), noise=torch.zeros(1, 1, 6))
     with pytest.raises(ValueError, match="`coordinates`"):
         continuous.voxel_tokens(torch.zeros(3, 7), torch.zeros(2, 3, dtype=torch.long))
+    with pytest.raises(ValueError, match="`coordinates` must be integers"):
+        continuous.voxel_tokens(torch.zeros(3, 7), torch.zeros(3, 3))
+    with pytest.raises(ValueError, match="must be 96 wide, as patches of this tokenizer are, got 5"):
+        continuous.encode_tokens(SparseTokens(torch.zeros(1, 5), torch.zeros(1, 5, dtype=torch.long)))
+    with pytest.raises(ValueError, match="ids are not drawn"):
+        discrete.encode(torch.zeros(1, 3, 8, 8), sample=True)
 
 
 def test_the_converter_says_what_a_file_does_not(tmp_path):
@@ -273,6 +350,9 @@ def test_the_converter_says_what_a_file_does_not(tmp_path):
     torch.save({"something": torch.zeros(2)}, file)
     with pytest.raises(CheckpointKeysError, match="lacks encoder.input_layer.weight"):
         convert("atoken", file)
+    torch.save({"something": torch.zeros(2)}, tmp_path / "3d_decode_gs.pt")
+    with pytest.raises(UnreadableCheckpointError, match="Gaussian decoder"):
+        convert("atoken", tmp_path / "3d_decode_gs.pt")
     with pytest.raises(ValueError, match="unknown `config` options heads"):
         convert("atoken", file, config={"heads": 2})
     with pytest.raises(ValueError, match="encoder_pe_mode = 'ape'"):
@@ -291,3 +371,28 @@ def test_the_converter_says_what_a_file_does_not(tmp_path):
         convert("atoken", file, config={"patch_size": [4, 4, 4]})
     with pytest.raises(CheckpointShapeError, match="encoder_mlp_hidden = 30"):
         convert("atoken", file, config={"patch_size": [2, 4, 4], "encoder_mlp_channels": 30})
+    with pytest.raises(ValueError, match="`chunk_size` must be positive and divide"):
+        options = {"use_quantizer": True, "quantizer_codebook_size": 64, "quantizer_chunk_size": 4}
+        convert("atoken", file, config={"patch_size": [2, 4, 4], "encoder_heads": 2, **options})
+
+
+@torch.no_grad()
+def test_a_file_of_a_tokenizer_with_rows_is_converted(tmp_path):
+    ours = tokenizer(latent_channels=8, codebook_size=64, num_codebooks=3, chunk_size=2)
+    parts: dict[str, list[torch.Tensor]] = {}
+    for name, tensor in ours.state_dict().items():
+        parts.setdefault(next(found for rule in RULES if (found := rule.source_of(name))), []).append(tensor)
+    state = {name: torch.cat(tensors) if len(tensors) > 1 else tensors[0] for name, tensors in parts.items()}
+    assert state["quantizer.project_in.weight"].shape == (6, 4)
+    torch.save(state, tmp_path / "atoken-rows.pt")
+    options = {
+        "patch_size": TINY["patch_size"], "encoder_num_heads": 2, "temporal_window_size": 4, "use_quantizer": True,
+        "quantizer_codebook_size": 64, "quantizer_num_codebooks": 3, "quantizer_chunk_size": 2, "quantizer_feature_dim": 8,
+    }  # fmt: skip
+    theirs = convert("atoken", tmp_path / "atoken-rows.pt", config=options).eval()
+    images = torch.rand(2, 3, 8, 12) * 2 - 1
+    codes = ours.encode(images)
+    assert theirs.sub_codes == 6 and torch.equal(theirs.encode(images).ids, codes.ids)
+    assert torch.equal(theirs.decode(codes), ours.decode(codes))
+    with pytest.raises(CheckpointShapeError, match=r"quantizer\.project_in\.weight"):
+        convert("atoken", tmp_path / "atoken-rows.pt", config={**options, "quantizer_chunk_size": 4})

@@ -5,14 +5,16 @@ from __future__ import annotations
 import pytest
 import tiny_semantic as tiny
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from armm.convert import CheckpointKeysError, CheckpointShapeError, convert, eva
 from armm.convert.lavit_tokenizer import convert_tokenizer
-from armm.nn import attention, record_attention, smoothed_weights
+from armm.nn import attention, causal_key_mask, key_mask, record_attention, smoothed_weights
 from armm.nn.block import Block, BlockConfig
-from tokenizers_visual import Codes, LaVITDecoder, LaVITTokenizer, QueryTransformer, SEEDTokenizer
+from tokenizers_visual import Codes, LaVITDecoder, LaVITTokenizer, QueryTransformer, SEEDTokenizer, lavit_losses
+from tokenizers_visual.quantizers import MovingAverageCodebook
 from tokenizers_visual.token_selection import TokenSelector, gather_kept
 
 
@@ -62,6 +64,29 @@ def test_smoothed_attention_approaches_the_masked_one_and_wants_a_boolean_mask()
     torch.testing.assert_close(record[3][0].sum(-1), torch.ones(2, 2, 4))
     with pytest.raises(ValueError, match="boolean mask"):
         attention(query, key, value, mask=torch.zeros(4, 4), smoothing=1e-6)
+
+
+@torch.enable_grad()
+@pytest.mark.parametrize("kind", [key_mask, causal_key_mask])
+def test_weights_of_keys_are_a_mask_with_gradients(kind):
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, 2, 4, 8, dtype=torch.float64) for _ in range(3))
+    seen = torch.tensor([[True, False, True, True], [False, False, True, False]])
+    weights = seen.float().requires_grad_()
+    mask = kind(weights)
+    assert torch.equal(mask.bool(), kind(seen))
+    found = attention(query, key, value, mask=mask, smoothing=1e-3)
+    assert torch.equal(found, attention(query, key, value, mask=kind(seen), smoothing=1e-3))
+    target = torch.randn_like(found)
+    (found * target).sum().backward()
+    for row, column in ((0, 1), (0, 3), (1, 2)):  # the slope is what a small change of the weight makes
+        moved = []
+        for step in (-1e-2, 1e-2):
+            other = weights.detach().clone()
+            other[row, column] += step
+            made = attention(query, key, value, mask=kind(other.requires_grad_()), smoothing=1e-3)
+            moved.append((made * target).sum().item())
+        torch.testing.assert_close(float(weights.grad[row, column]), (moved[1] - moved[0]) / 2e-2, atol=2e-2, rtol=2e-2)
 
 
 def test_a_block_with_norms_behind_the_residual_sums():
@@ -142,6 +167,27 @@ def test_decisions_keep_at_least_one_token():
     noise = torch.zeros(2, 3, 2)
     noise[0, 0, 0] = 9.0
     assert TokenSelector.decide(log_probs, noise).tolist() == [[True, False, False], [False, False, True]]
+
+
+@torch.enable_grad()
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10_000), temperature=st.floats(0.3, 3.0))
+def test_relaxed_decisions_are_decisions_with_the_gradient_of_a_softmax(seed, temperature):
+    generator = torch.Generator().manual_seed(seed)
+    log_probs = torch.randn(2, 5, 2, generator=generator).log_softmax(-1).requires_grad_()
+    noise = torch.randn(2, 5, 2, generator=generator)
+    weights = torch.randn(2, 5, generator=generator)
+    relaxed = TokenSelector.relax(log_probs, noise, temperature)
+    assert torch.equal(relaxed, TokenSelector.decide(log_probs, noise).float())
+    (slope,) = torch.autograd.grad((relaxed * weights).sum(), log_probs)
+    for row in range(2):
+        for token in range(5):
+            margin = (log_probs + noise)[row, token].detach()
+            p = torch.sigmoid((margin[0] - margin[1]) / temperature)
+            expected = weights[row, token] * p * (1 - p) / temperature
+            torch.testing.assert_close(slope[row, token], torch.stack([expected, -expected]), atol=1e-5, rtol=1e-4)
+    with pytest.raises(ValueError, match="`temperature` must be"):
+        TokenSelector.relax(log_probs, temperature=0.0)
 
 
 # ---------------------------------------------------------------------- SEED
@@ -248,6 +294,78 @@ def test_lavit_reads_through_a_merger_of_its_own():
         tiny.lavit_tokenizer(reading_dim=None).reading_features(pixels())
     with pytest.raises(ValueError, match="needs a `reading_dim`"):
         tiny.lavit_tokenizer(reading_dim=None, separate_reading=True)
+
+
+def test_lavit_trains_on_the_codes_that_it_encodes():
+    model = tiny.lavit_tokenizer()
+    noise = -torch.empty(3, 16, 2).exponential_(generator=torch.Generator().manual_seed(0)).log()
+    codes = model.encode(pixels(3), noise=noise)
+    for gradients in (False, True):
+        with torch.set_grad_enabled(gradients):
+            selected = model(pixels(3), noise=noise)
+        assert torch.equal(selected.quantized.ids, codes.ids) and torch.equal(selected.mask, codes.mask)
+        vectors = model.embed(codes).masked_fill(~codes.mask.unsqueeze(-1), 0)
+        torch.testing.assert_close(selected.quantized.vectors, vectors, atol=1e-6, rtol=0)
+        assert torch.equal(selected.keep.sum(1).long(), codes.mask.sum(1)) and selected.features.shape == (3, 16, 16)
+        assert selected.keep.requires_grad == gradients
+    sources = [torch.Generator().manual_seed(seed) for seed in range(3)]
+    together = model(pixels(3), generator=sources)
+    alone = model(pixels(3)[1:2], generator=[torch.Generator().manual_seed(1)])
+    assert torch.equal(alone.quantized.ids[0], together.quantized.ids[1, together.mask[1]])
+    # padding is not counted: the losses are those of all real codes
+    merged = model.merger(selected.features, selected.keep.detach())[selected.keep.bool()]
+    kept = F.normalize(model.quant_proj(merged), dim=-1)
+    expected = (kept - model.quantizer.embedding.weight[codes.ids[codes.mask]]).square().mean()
+    torch.testing.assert_close(selected.quantized.codebook_loss, expected)
+    with pytest.raises(ValueError, match="`noise` must be"):
+        model(pixels(3), noise=noise[:, :4])
+
+
+@torch.enable_grad()
+def test_lavit_learns_to_restore_features_at_the_wanted_rate():
+    torch.manual_seed(0)
+    model, decoder = tiny.lavit_tokenizer(std=0.15), tiny.lavit_decoder(feature_dim=16, std=0.15)
+    model.vision.requires_grad_(False)
+    optimizer = torch.optim.Adam([*model.parameters(), *decoder.parameters()], lr=5e-3)
+    generator, made = torch.Generator().manual_seed(0), []
+    for _ in range(40):
+        losses = lavit_losses(model, decoder, pixels(8), keep_rate=0.25, generator=generator)
+        optimizer.zero_grad()
+        losses.total().backward()
+        optimizer.step()
+        made.append([loss.item() for loss in losses[:4]])
+    first, last = torch.tensor(made[:5]).mean(0), torch.tensor(made[-5:]).mean(0)
+    assert last[0] < 0.5 * first[0] and last[1] < 0.2 * first[1] and last[1] < 0.02
+    assert all(parameter.grad is None for parameter in model.vision.parameters())
+
+
+@torch.enable_grad()
+def test_lavit_codes_may_follow_moving_averages():
+    torch.manual_seed(0)
+    model, decoder = tiny.lavit_tokenizer(std=0.15), tiny.lavit_decoder(feature_dim=16, std=0.15)
+    average, generator = MovingAverageCodebook(model.quantizer, decay=0.8), torch.Generator().manual_seed(0)
+    average.adopt(model.quantizer)
+    made = []
+    for _ in range(10):
+        losses = lavit_losses(model, decoder, pixels(8), generator=generator)
+        losses.total(codebook=0).backward()
+        selected = losses.selected
+        assert len(selected.vectors) == int(selected.mask.sum())
+        ids = selected.quantized.ids[selected.mask]
+        average.update(model.quantizer, selected.vectors.detach(), ids, restart=False)
+        made.append(losses.codebook.item())
+    assert model.quantizer.embedding.weight.grad is None and made[-1] < 0.5 * made[0]
+
+
+def test_lavit_training_says_what_is_wrong():
+    model = tiny.lavit_tokenizer()
+    with pytest.raises(ValueError, match=r"code_dim, num_queries and feature_dim \(4, 16, 16\), got \(4, 16, 8\)"):
+        lavit_losses(model, tiny.lavit_decoder(), pixels())
+    decoder = tiny.lavit_decoder(feature_dim=16)
+    with pytest.raises(ValueError, match=r"`keep_rate` must lie in \(0, 1\], got 0"):
+        lavit_losses(model, decoder, pixels(), keep_rate=0)
+    with pytest.raises(ValueError, match="resize the images to 8x8"):
+        lavit_losses(model, decoder, torch.zeros(1, 3, 8, 12))
 
 
 def test_lavit_decoder_ignores_padding():

@@ -86,6 +86,8 @@ def test_clear_errors(tokenizer):
         VQTokenizer(**{**TINY, "decoder_multipliers": [1]})
     with pytest.raises(ValueError, match="num_res_blocks"):
         VQTokenizer(**{**TINY, "num_res_blocks": [1, 1, 1]})
+    with pytest.raises(ValueError, match="at least one level, got none"):
+        VQTokenizer(**{**TINY, "encoder_multipliers": [], "decoder_multipliers": []})
 
 
 def test_codes_check_themselves():
@@ -98,6 +100,9 @@ def test_codes_check_themselves():
             Codes(**bad)
     with pytest.raises(ValueError, match="grid"):
         Codes(ids=ids, grid=(1, 2, 2))
+    for mask in (torch.ones(2, 5, dtype=torch.bool), torch.ones(2, 6)):
+        with pytest.raises(ValueError, match=r"`mask` must be bool of shape \[2, 6\]"):
+            Codes(ids=ids, mask=mask)
 
 
 @settings(max_examples=20, deadline=None)

@@ -65,20 +65,20 @@ def seed_tokenizer(seed: int = 1, **options: Any) -> SEEDTokenizer:
     return randomised(SEEDTokenizer(**{**arguments, **options}), seed)
 
 
-def lavit_tokenizer(seed: int = 2, **options: Any) -> LaVITTokenizer:
+def lavit_tokenizer(seed: int = 2, std: float = 0.3, **options: Any) -> LaVITTokenizer:
     arguments: dict[str, Any] = {
         "image_size": SIZE, "patch_size": 2, "dim": 16, "vision_layers": 1, "vision_heads": 2, "vision_mlp_hidden": 20,
         "num_layers": 2, "num_heads": 2, "mlp_hidden": 20, "codebook_size": CODES, "codebook_dim": 4, "reading_dim": DIM,
     }  # fmt: skip
-    return randomised(LaVITTokenizer(**{**arguments, **options}), seed)
+    return randomised(LaVITTokenizer(**{**arguments, **options}), seed, std)
 
 
-def lavit_decoder(seed: int = 3, **options: Any) -> LaVITDecoder:
+def lavit_decoder(seed: int = 3, std: float = 0.3, **options: Any) -> LaVITDecoder:
     arguments: dict[str, Any] = {
         "code_dim": 4, "dim": 12, "num_layers": 2, "num_heads": 2, "mlp_hidden": 16, "num_queries": 16, "feature_dim": 8,
         "embed_dims": (8,),
     }  # fmt: skip
-    return randomised(LaVITDecoder(**{**arguments, **options}), seed)
+    return randomised(LaVITDecoder(**{**arguments, **options}), seed, std)
 
 
 def words(extra: list[str]) -> BPETokenizer:

@@ -21,7 +21,7 @@ from armm.nn.rotary import rotary_table
 
 from .base import VisualTokenizer
 from .codes import Codes
-from .quantizers import FSQ_LEVELS, FiniteScalarQuantizer, Generators
+from .quantizers import FSQ_LEVELS, FiniteScalarQuantizer, Generators, Quantized
 from .sparse import SparseTokens, Windows, grid_coordinates, patchify, unpatchify, windows
 from .vit import ViT
 
@@ -153,7 +153,8 @@ class ATokenTokenizer(VisualTokenizer):
         position_table: rows and columns of the learned positions, which are stretched over every picture.
         window_frames: frames of a temporal window, a multiple of a patch's.
         codebook_size: about so many ids of a codebook, one of those in `FSQ_LEVELS`; 0 makes continuous latents.
-        num_codebooks: ids of a patch.
+        num_codebooks: codebooks of the quantizer.
+        chunk_size: rows that a latent is cut into before it is quantised; a patch has `chunk_size * num_codebooks` ids.
     """
 
     _supports_gradient_checkpointing = False
@@ -179,6 +180,7 @@ class ATokenTokenizer(VisualTokenizer):
         window_frames: int = 16,
         codebook_size: int = 0,
         num_codebooks: int = 8,
+        chunk_size: int = 1,
     ) -> None:
         super().__init__()
         frames, height, width = patch_size
@@ -205,9 +207,15 @@ class ATokenTokenizer(VisualTokenizer):
         )
         self.pooling = PoolingHead(encoder_dim, encoder_heads, encoder_mlp_hidden, True)
         self.moments_projection = nn.Linear(encoder_dim, 2 * latent_channels, bias=False)
-        self.quantizer = (
-            FiniteScalarQuantizer(FSQ_LEVELS[codebook_size], num_codebooks, latent_channels) if codebook_size else None
-        )
+        self.quantizer = None
+        if codebook_size:
+            if chunk_size < 1 or latent_channels % chunk_size:
+                raise ValueError(
+                    f"`chunk_size` must be positive and divide `latent_channels`, {latent_channels}, got {chunk_size}."
+                )
+            self.quantizer = FiniteScalarQuantizer(
+                FSQ_LEVELS[codebook_size], num_codebooks, latent_channels, chunk_size
+            )
         self.decoder = SparseTransformer(
             latent_channels,
             decoder_dim,
@@ -227,7 +235,7 @@ class ATokenTokenizer(VisualTokenizer):
 
     @property
     def sub_codes(self) -> int:
-        return self.config.num_codebooks if self.is_discrete else 1
+        return 1 if self.quantizer is None else self.quantizer.ids_per_vector
 
     @property
     def latent_channels(self) -> int:
@@ -249,8 +257,12 @@ class ATokenTokenizer(VisualTokenizer):
         return patchify([item[:, None] if item.ndim == 3 else item for item in pixels], self.patch_size)
 
     def voxel_tokens(self, features: torch.Tensor, coordinates: torch.Tensor, number: int = 0) -> SparseTokens:
-        """Voxels as tokens: features `[N, F]` in [0, 1] of the occupied ones and their places int64 `[N, 3]`; number: in the batch."""
+        """Voxels as tokens: features `[N, F]` in [0, 1] of the occupied ones and their places, integers `[N, 3]`; number: in the batch."""
         width = self.pixel_projection.out_features
+        if coordinates.is_floating_point():
+            raise ValueError(
+                f"`coordinates` must be integers, the numbers of voxels along each axis, got {coordinates.dtype}."
+            )
         if features.ndim != 2 or features.shape[1] > width or tuple(coordinates.shape) != (len(features), 3):
             raise ValueError(
                 f"`features` must be [N, up to {width}] and `coordinates` [N, 3], got {tuple(features.shape)} and "
@@ -266,6 +278,11 @@ class ATokenTokenizer(VisualTokenizer):
     @apply_forward_hook
     def encode_tokens(self, tokens: SparseTokens) -> TokenEncoding:
         """Latent moments, a pooled vector for each thing and features of tokens."""
+        width = self.pixel_projection.out_features
+        if tokens.features.shape[1] != width:
+            raise ValueError(
+                f"features of tokens must be {width} wide, as patches of this tokenizer are, got {tokens.features.shape[1]}."
+            )
         features = self.encoder(tokens, self.placed(tokens.coordinates))
         things = windows(tokens.coordinates, None)
         pooled = F.normalize(self.pooling(things.gather(features), things.mask), dim=-1)
@@ -311,6 +328,10 @@ class ATokenTokenizer(VisualTokenizer):
         moments = self.encode_tokens(tokens).moments.unflatten(0, (batch, -1))
         grid = tuple(int(size) + 1 for size in tokens.coordinates[:, 1:4].amax(0))
         if self.quantizer is not None:
+            if sample or noise is not None:
+                raise ValueError(
+                    "ids are not drawn: leave out `sample` and `noise`, or use a tokenizer with `codebook_size=0`."
+                )
             return Codes(ids=self.quantizer.ids(moments[..., : self.latent_channels]), grid=grid)  # type: ignore[arg-type]
         shape = (*moments.shape[:2], self.latent_channels)
         if noise is None and sample:
@@ -350,42 +371,48 @@ class ATokenTokenizer(VisualTokenizer):
         as_video = codes.grid[0] > 1 if as_video is None else as_video
         return videos if as_video else videos[:, :, 0]
 
-    def forward(self, pixels: torch.Tensor, *, generator: Generators = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Reconstruction of `pixels` from a sample of the posterior (or from quantized latents), and the moments, for training."""
+    def forward(
+        self, pixels: torch.Tensor, *, generator: Generators = None
+    ) -> tuple[torch.Tensor, torch.Tensor | Quantized]:
+        """For training: the reconstruction of `pixels`, with what made it.
+
+        Where there is a quantizer that is the quantisation, with vectors `[B, N, latent_channels]` and ids `[B, N, sub_codes]`; gradients
+        pass the rounding straight through, and the codes themselves have nothing to learn. Otherwise it is the moments
+        `[B * N, 2 * latent_channels]`, from which a latent is drawn.
+
+        Images and frames that patches do not fill are restored without what `patchify` cuts off.
+        """
+        self.check_pixels(pixels)
         tokens = self.tokens(list(pixels))
         moments = self.encode_tokens(tokens).moments
+        quantized = None
         if self.quantizer is not None:
-            latents = self.quantizer(moments[..., : self.latent_channels]).vectors
+            quantized = self.quantizer(moments[:, : self.latent_channels].unflatten(0, (len(pixels), -1)))
+            latents = quantized.vectors.flatten(0, 1)
         else:
             shape = (len(moments), self.latent_channels)
             latents = self.sample(moments, randn_tensor(shape, generator=generator, device=moments.device))  # type: ignore[arg-type]
         videos = torch.stack(self.pictures(self.decode_tokens(tokens.replace(latents))))
-        return (videos if pixels.ndim == 5 else videos[:, :, 0]), moments
+        restored = videos[:, :, : pixels.shape[2]] if pixels.ndim == 5 else videos[:, :, 0]
+        return restored, moments if quantized is None else quantized
 
     def check_pixels(self, pixels: torch.Tensor) -> None:
         """Raises ValueError unless `pixels` are images `[B, 3, H, W]` or videos `[B, 3, T, H, W]`; see `patchify` for sizes."""
         channels = self.config.in_channels
-        if (
-            pixels.ndim not in (4, 5)
-            or pixels.shape[1] != channels
-            or not pixels.is_floating_point()
-            or not len(pixels)
-        ):
+        if pixels.ndim not in (4, 5) or pixels.shape[1] != channels or not pixels.is_floating_point():
             raise ValueError(
                 f"`pixels` must be floating point, [B, {channels}, H, W] or [B, {channels}, T, H, W] in [-1, 1], got {pixels.dtype} of "
                 f"shape {tuple(pixels.shape)}."
             )
+        self.check_values(pixels)
 
     def check_codes(self, codes: Codes) -> None:
         """Raises ValueError unless `codes` are of this tokenizer's kind and width."""
         if self.quantizer is None:
-            if codes.latents is None or codes.latents.shape[2] != self.latent_channels:
-                raise ValueError(f"`codes` must hold latents [B, N, {self.latent_channels}] of this tokenizer.")
+            self.check_latents(codes)
             return
         if codes.ids is None or codes.ids.ndim != 3 or codes.ids.shape[2] != self.sub_codes:
             raise ValueError(
-                f"`codes` must hold ids [B, N, {self.sub_codes}] of this tokenizer, one for each codebook."
+                f"`codes` must hold ids [B, N, {self.sub_codes}] of this tokenizer, one for each codebook and row."
             )
-        low, high = (int(value) for value in codes.ids.aminmax())
-        if low < 0 or high >= self.codebook_size:
-            raise ValueError(f"`codes.ids` must lie in [0, {self.codebook_size - 1}], got values from {low} to {high}.")
+        self.check_id_values(codes.ids)

@@ -301,6 +301,8 @@ class StridedDecoder(nn.Module):
 
 
 def _per_level(number: int | Sequence[int], levels: int) -> list[int]:
+    if levels < 1:
+        raise ValueError("the multipliers of the channels must name at least one level, got none.")
     numbers = [number] * levels if isinstance(number, int) else list(number)
     if len(numbers) != levels:
         raise ValueError(f"`num_res_blocks` {numbers} must be one number, or one for each of the {levels} levels.")

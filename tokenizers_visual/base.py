@@ -12,6 +12,9 @@ from armm.nn.int8_weights import Int8Weights
 
 from .codes import Codes
 
+# Pixels are in [-1, 1]; resizing overshoots, noise is larger, but what is beyond this is in another range.
+PIXEL_LIMIT = 8.0
+
 
 class VisualTokenizer(Int8Weights, ModelMixin, ConfigMixin):
     """Pixels <-> codes.
@@ -76,7 +79,7 @@ class VisualTokenizer(Int8Weights, ModelMixin, ConfigMixin):
         return False
 
     def check_pixels(self, pixels: torch.Tensor) -> None:
-        """Raises ValueError unless `pixels` is float `[B, 3, H, W]` with sides that the tokenizer can tile."""
+        """Raises ValueError unless `pixels` is float `[B, 3, H, W]`, about in [-1, 1], with sides that the tokenizer can tile."""
         channels = self.config.in_channels
         if pixels.ndim != 4 or pixels.shape[1] != channels or not pixels.is_floating_point():
             raise ValueError(
@@ -89,6 +92,18 @@ class VisualTokenizer(Int8Weights, ModelMixin, ConfigMixin):
                 f"`pixels` of {height}x{width} cannot be tiled: both sides must be multiples of {self.downsample}; resize or crop "
                 "the image first."
             )
+        self.check_values(pixels)
+
+    @staticmethod
+    def check_values(pixels: torch.Tensor) -> None:
+        """Raises ValueError for a batch without pixels, and for values that are far from [-1, 1], or not numbers."""
+        if not pixels.numel():
+            raise ValueError(f"`pixels` must be at least one image, got shape {tuple(pixels.shape)}.")
+        low, high = (float(value) for value in pixels.aminmax())
+        if not (low >= -PIXEL_LIMIT and high <= PIXEL_LIMIT):  # also catches NaN
+            raise ValueError(
+                f"`pixels` must lie in [-1, 1], got values from {low:g} to {high:g}: rescale them, from 0 to 255 with pixels / 127.5 - 1."
+            )
 
     def check_ids(self, codes: Codes) -> None:
         """Raises ValueError unless `codes` hold one id of this tokenizer's codebook for each position."""
@@ -96,9 +111,30 @@ class VisualTokenizer(Int8Weights, ModelMixin, ConfigMixin):
             raise ValueError(
                 "`codes` must hold discrete `ids` of shape [B, N]: this tokenizer has one id per position."
             )
-        low, high = codes.ids.aminmax()
+        self.check_id_values(codes.ids)
+
+    def check_id_values(self, ids: torch.Tensor) -> None:
+        """Raises ValueError unless there are `ids` of any shape, and all are of this tokenizer's codebook."""
+        if not ids.numel():
+            raise ValueError(
+                f"`codes` are empty: an image has at least one code, got `ids` of shape {tuple(ids.shape)}."
+            )
+        low, high = ids.aminmax()
         if low < 0 or high >= self.codebook_size:
             raise ValueError(
                 f"`codes.ids` must lie in [0, {self.codebook_size - 1}], the codebook of this tokenizer, got values from {low} to "
                 f"{high}: was the model trained with another tokenizer?"
+            )
+
+    def check_latents(self, codes: Codes) -> None:
+        """Raises ValueError unless `codes` hold latents of this tokenizer's width."""
+        if codes.latents is None or codes.latents.shape[2] != self.latent_channels:
+            found = "discrete ids" if codes.latents is None else f"latents of width {codes.latents.shape[2]}"
+            raise ValueError(
+                f"`codes` must hold latents [B, N, {self.latent_channels}] of this tokenizer, got {found}: was the model trained "
+                "with another tokenizer?"
+            )
+        if not codes.latents.numel():
+            raise ValueError(
+                f"`codes` are empty: an image has at least one latent, got `latents` of shape {tuple(codes.latents.shape)}."
             )

@@ -112,7 +112,7 @@ class BinaryTokenizer(VisualTokenizer):
 
     def features(self, pixels: torch.Tensor) -> torch.Tensor:
         """Encoder output before quantisation, `[B, z_channels, h, w]`."""
-        return self.encoder((pixels + 1) / 2)
+        return self.encoder(((pixels + 1) / 2).to(self.encoder.conv_in.weight.dtype))
 
     @apply_forward_hook
     def encode(
@@ -185,9 +185,4 @@ class BinaryTokenizer(VisualTokenizer):
         shape = None if codes.ids is None else codes.ids.shape
         if shape is None or (len(shape) != 2 if self.sub_codes == 1 else shape[2:] != (self.sub_codes,)):
             raise ValueError(f"`codes` must hold discrete `ids` of shape {expected}, got {None if shape is None else list(shape)}.")
-        low, high = codes.ids.aminmax()
-        if low < 0 or high >= self.codebook_size:
-            raise ValueError(
-                f"`codes.ids` must lie in [0, {self.codebook_size - 1}], the codebook of this tokenizer, got values from {low} to "
-                f"{high}: was the model trained with another tokenizer?"
-            )
+        self.check_id_values(codes.ids)

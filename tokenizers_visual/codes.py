@@ -37,6 +37,13 @@ class Codes:
                 f"`latents` must be floating point of shape [B, N, C], got {self.latents.dtype} of shape "
                 f"{tuple(self.latents.shape)}."
             )
+        if self.mask is not None and (
+            self.mask.dtype != torch.bool or self.mask.shape != (self.batch_size, self.num_tokens)
+        ):
+            raise ValueError(
+                f"`mask` must be bool of shape [{self.batch_size}, {self.num_tokens}], True where a code is real, got "
+                f"{self.mask.dtype} of shape {tuple(self.mask.shape)}."
+            )
         if self.grid is not None:
             t, h, w = self.grid
             if t * h * w != self.num_tokens:

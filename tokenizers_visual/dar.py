@@ -297,9 +297,8 @@ class DARTokenizer(VisualTokenizer):
         velocity = self.flow(noisy, shifted.flatten(), window)
         return (noisy + (1 - shifted) * velocity) / config.data_std, quantized
 
-    # Checks.
-
     def check_ids(self, codes: Codes) -> None:
+        """Raises ValueError unless `codes` hold ids of this tokenizer's codebook, at most as many as an image has."""
         super().check_ids(codes)
         if codes.num_tokens > self.config.num_tokens:
             raise ValueError(

@@ -78,13 +78,13 @@ class DepthVQTokenizer(VisualTokenizer):
 
     def features(self, pixels: torch.Tensor) -> torch.Tensor:
         """Encoder output before quantisation, `[B, codebook_dim, h, w]`."""
-        return self.encoder(pixels)
+        return self.encoder(pixels.to(self.encoder.conv_out.weight.dtype))
 
     @apply_forward_hook
     def encode(self, pixels: torch.Tensor, *, generator: torch.Generator | None = None) -> Codes:
         """Ids `[B, h*w]` in raster order of maps `[B, 1, H, W]` in [-1, 1]. Deterministic: `generator` is not used."""
         self.check_pixels(pixels)
-        features = self.features(pixels.to(self.encoder.conv_out.weight.dtype))
+        features = self.features(pixels)
         height, width = features.shape[-2:]
         vectors = self.quantizer.normalize(features.flatten(2).transpose(1, 2))
         return Codes(ids=self.quantizer.nearest(vectors, self.quantizer.codebook()), grid=(1, height, width))

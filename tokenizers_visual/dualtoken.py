@@ -276,17 +276,24 @@ class DualTokenTokenizer(VisualTokenizer):
     # Checks.
 
     def check_pixels(self, pixels: torch.Tensor) -> None:
+        """Raises ValueError unless `pixels` is a batch of images of this tokenizer's size, about in [-1, 1]."""
         size = self.config.image_size
         if pixels.ndim != 4 or pixels.shape[1:] != (3, size, size) or not pixels.is_floating_point():
             raise ValueError(
                 f"`pixels` must be a floating point tensor [B, 3, {size}, {size}] in [-1, 1], got {pixels.dtype} of shape "
                 f"{tuple(pixels.shape)}: resize and crop the image first."
             )
+        self.check_values(pixels)
 
     def check_ids(self, codes: Codes) -> None:
+        """Raises ValueError unless `codes` hold the ids of all depths, each of its own codebook."""
         if codes.ids is None or codes.ids.ndim != 3 or codes.ids.shape[2] != self.sub_codes:
             found = "latents" if codes.ids is None else f"ids {tuple(codes.ids.shape)}"
             raise ValueError(f"`codes` must hold ids [B, N, {self.sub_codes}], semantic then pixel ids, got {found}.")
+        if not codes.ids.numel():
+            raise ValueError(
+                f"`codes` are empty: an image has at least one code, got `ids` of shape {tuple(codes.ids.shape)}."
+            )
         sizes = torch.tensor(self.codebook_sizes, device=codes.ids.device)
         if bool(((codes.ids < 0) | (codes.ids >= sizes)).any()):
             low, high = codes.ids.aminmax()

@@ -109,7 +109,7 @@ class KLTokenizer(VisualTokenizer):
 
     def posterior(self, pixels: torch.Tensor) -> DiagonalGaussianDistribution:
         """The Gaussian over unscaled latents `[B, C, h, w]` of pixels `[B, 3, H, W]`; its log-variance is clamped to [-30, 20]."""
-        return DiagonalGaussianDistribution(self.quant_conv(self.encoder(pixels)))
+        return DiagonalGaussianDistribution(self.quant_conv(self.encoder(pixels.to(self.encoder.conv_in.weight.dtype))))
 
     @apply_forward_hook
     def encode(
@@ -162,12 +162,3 @@ class KLTokenizer(VisualTokenizer):
         """Reconstruction from a sample of the posterior, and the posterior, for training."""
         posterior = self.posterior(pixels)
         return self.decode_features(posterior.sample(generator)), posterior
-
-    def check_latents(self, codes: Codes) -> None:
-        """Raises ValueError unless `codes` hold latents of this tokenizer's width."""
-        if codes.latents is None or codes.latents.shape[2] != self.latent_channels:
-            found = "discrete ids" if codes.latents is None else f"latents of width {codes.latents.shape[2]}"
-            raise ValueError(
-                f"`codes` must hold latents [B, N, {self.latent_channels}] of this tokenizer, got {found}: was the model trained "
-                "with another tokenizer?"
-            )

@@ -234,6 +234,7 @@ class LARPTokenizer(VisualTokenizer):
             )
 
     def check_ids(self, codes: Codes) -> None:
+        """Raises ValueError unless `codes` hold all ids of a video."""
         super().check_ids(codes)
         if codes.num_tokens != self.config.num_tokens:
             raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,12 +13,28 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
 from .codes import Codes
-from .quantizers import Generators, VectorQuantizer, exponential_noise
+from .quantizers import Generators, Quantized, VectorQuantizer, exponential_noise
 from .semantic import CLIP_MEAN, CLIP_STD, SemanticTokenizer
 from .token_selection import TokenMerger, TokenSelector, gather_kept
 from .vision_encoder import VisionEncoder
 
-__all__ = ["ConfigMixin", "LaVITTokenizer", "ModelMixin"]
+__all__ = ["ConfigMixin", "LaVITTokenizer", "ModelMixin", "SelectedCodes"]
+
+
+class SelectedCodes(NamedTuple):
+    """What `LaVITTokenizer.forward` makes of images, for training.
+
+    `quantized`: `vectors` `[B, N, codebook_dim]` (zeros behind the codes of an image), `ids` `[B, N]` and the losses of the codes that
+    are real. `mask`: bool `[B, N]`, which are. `vectors`: float32 `[M, codebook_dim]`, what became the M real codes.
+    `keep`: float32 `[B, patches]`, 1 for kept patches and 0 for others, with gradients. `features`: `[B, patches, dim]` of the vision
+    transformer, what a decoder is to restore.
+    """
+
+    quantized: Quantized
+    mask: torch.Tensor
+    vectors: torch.Tensor
+    keep: torch.Tensor
+    features: torch.Tensor
 
 
 class LaVITTokenizer(SemanticTokenizer):
@@ -29,6 +46,8 @@ class LaVITTokenizer(SemanticTokenizer):
 
     The authors' code draws what is kept anew at each call, so that an image has other codes each time. Here the likelier decisions are
     taken unless a call says `sample=True`, or brings the noise.
+
+    Calling it trains: see `forward`, and `lavit_losses` for the whole objective.
 
     Args:
         image_size, patch_size: of the vision transformer, in pixels.
@@ -121,13 +140,7 @@ class LaVITTokenizer(SemanticTokenizer):
     ) -> torch.Tensor:
         """Which patches are kept, bool `[B, patches]`, for `image_features`; arguments as of `encode`."""
         log_probs = self.selector(features)
-        if noise is not None:
-            if noise.shape != log_probs.shape:
-                raise ValueError(f"`noise` must be Gumbel noise {tuple(log_probs.shape)}, got {tuple(noise.shape)}.")
-            noise = noise.to(log_probs)
-        elif sample:
-            noise = -exponential_noise(log_probs.shape, generator, log_probs.device).log()
-        return self.selector.decide(log_probs, noise)
+        return self.selector.decide(log_probs, _gumbel_noise(log_probs, generator, sample, noise))
 
     @apply_forward_hook
     def encode(
@@ -180,3 +193,47 @@ class LaVITTokenizer(SemanticTokenizer):
         embedding and read `reading_features`.)"""
         self.check_ids(codes)
         return self.quantizer.lookup(codes.ids)
+
+    def forward(
+        self,
+        pixels: torch.Tensor,
+        *,
+        generator: Generators = None,
+        noise: torch.Tensor | None = None,
+        temperature: float = 1.0,
+    ) -> SelectedCodes:
+        """Selection and quantisation of `pixels`, for training: what is kept is drawn, and gradients pass the decisions and the codes
+        straight through.
+
+        Decisions get theirs from the merger, where they are weights of the attention, and from the code vectors, which are multiplied
+        by them (by 1).
+
+        Args:
+            generator, noise: as of `encode`.
+            temperature: of the softmax that the gradients of the decisions are those of.
+        """
+        features = self.image_features(pixels)
+        log_probs = self.selector(features)
+        keep = self.selector.relax(log_probs, _gumbel_noise(log_probs, generator, True, noise), temperature)
+        kept, mask = gather_kept(self.merger(features, keep), keep.bool())
+        weights, _ = gather_kept(keep.unsqueeze(-1), keep.bool())
+        vectors = F.normalize(self.quant_proj(kept[mask]).float(), dim=-1)
+        found = self.quantizer(vectors)
+        codes = found.vectors.new_zeros(*mask.shape, self.latent_channels)
+        codes[mask] = found.vectors
+        ids = found.ids.new_zeros(mask.shape)
+        ids[mask] = found.ids
+        return SelectedCodes(found._replace(vectors=codes * weights, ids=ids), mask, vectors, keep, features)
+
+
+def _gumbel_noise(
+    log_probs: torch.Tensor, generator: Generators, sample: bool, noise: torch.Tensor | None
+) -> torch.Tensor | None:
+    """Standard Gumbel noise in the shape of `log_probs`: the caller's own `noise`, drawn noise, or without `sample` none."""
+    if noise is not None:
+        if noise.shape != log_probs.shape:
+            raise ValueError(f"`noise` must be Gumbel noise {tuple(log_probs.shape)}, got {tuple(noise.shape)}.")
+        return noise.to(log_probs)
+    if not sample:
+        return None
+    return -exponential_noise(log_probs.shape, generator, log_probs.device).log()

@@ -103,8 +103,9 @@ class LaVITDecoder(ModelMixin, ConfigMixin):
         if pooled_dim is not None and pool_heads is not None:
             self.pool = AttentionPool(feature_dim, pooled_dim, num_queries, pool_heads)
 
-    def forward(self, vectors: torch.Tensor, mask: torch.Tensor | None = None) -> ImageCondition:
-        """The condition of code vectors `vectors` `[B, N, code_dim]`; `mask` `[B, N]` is True where a code is real."""
+    def features(self, vectors: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """What the queries become, `[B, num_queries, feature_dim]`: training draws them to the features that codes were made of.
+        Arguments as of `forward`."""
         most, width = len(self.positions), self.config.code_dim
         if vectors.ndim != 3 or vectors.shape[-1] != width or not 1 <= vectors.shape[1] <= most:
             raise ValueError(f"`vectors` must be [B, 1 to {most}, {width}], got {tuple(vectors.shape)}.")
@@ -114,6 +115,10 @@ class LaVITDecoder(ModelMixin, ConfigMixin):
             raise ValueError("`mask` hides all codes of an image: an image has at least one code.")
         tokens = self.proj_in(vectors.to(self.proj_in.weight.dtype)) + self.positions[: vectors.shape[1]]
         features = self.transformer(tokens, context_mask=None if mask is None else key_mask(mask.bool()))
-        features = self.feature_proj(features)
+        return self.feature_proj(features)
+
+    def forward(self, vectors: torch.Tensor, mask: torch.Tensor | None = None) -> ImageCondition:
+        """The condition of code vectors `vectors` `[B, N, code_dim]`; `mask` `[B, N]` is True where a code is real."""
+        features = self.features(vectors, mask)
         embeds = torch.cat([project(features) for project in self.embed_proj], dim=-1)
         return ImageCondition(embeds, None if self.pool is None else self.pool(features))

@@ -219,12 +219,3 @@ class MingTokTokenizer(VisualTokenizer):
 
     def unfuse_projections(self) -> None:
         self.semantic_decoder.unfuse_projections()
-
-    def check_latents(self, codes: Codes) -> None:
-        """Raises ValueError unless `codes` hold latents of this tokenizer's width."""
-        if codes.latents is None or codes.latents.shape[2] != self.latent_channels:
-            found = "discrete ids" if codes.latents is None else f"latents of width {codes.latents.shape[2]}"
-            raise ValueError(
-                f"`codes` must hold latents [B, N, {self.latent_channels}] of this tokenizer, got {found}: was the model trained "
-                "with another tokenizer?"
-            )

@@ -96,7 +96,7 @@ class MultiScaleVQTokenizer(VisualTokenizer):
 
     def features(self, pixels: torch.Tensor) -> torch.Tensor:
         """Encoder output before quantization, `[B, C, h, h]`."""
-        return self.quant_conv(self.encoder(pixels))
+        return self.quant_conv(self.encoder(pixels.to(self.encoder.conv_in.weight.dtype)))
 
     @apply_forward_hook
     def encode(
@@ -156,9 +156,4 @@ class MultiScaleVQTokenizer(VisualTokenizer):
     def _check_codes(self, codes: Codes) -> None:
         if codes.ids is None or codes.ids.ndim != 2 or codes.scales is None:
             raise ValueError("`codes` must hold discrete `ids` [B, L] and the `scales` of their token maps.")
-        low, high = codes.ids.aminmax()
-        if low < 0 or high >= self.codebook_size:
-            raise ValueError(
-                f"`codes.ids` must lie in [0, {self.codebook_size - 1}], the codebook of this tokenizer, got values from {low} to "
-                f"{high}: was the model trained with another tokenizer?"
-            )
+        self.check_id_values(codes.ids)

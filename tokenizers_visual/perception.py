@@ -100,7 +100,7 @@ class PerceptionTokens:
         allowed = torch.ones(len(ids), vocabulary, dtype=torch.bool, device=ids.device)
         places = torch.arange(ids.shape[1], device=ids.device)
         started = ids == self.begin_id
-        begin = torch.where(started, places, ids.shape[1]).amin(dim=1) if ids.shape[1] else torch.zeros(len(ids)).long()
+        begin = torch.where(started, places, ids.shape[1]).amin(dim=1) if ids.shape[1] else ids.new_zeros(len(ids))
         inside = ids.shape[1] - 1 - begin  # codes written so far; negative before a map
         codes = (inside >= 0) & (inside < self.count)
         closing = inside == self.count

@@ -239,22 +239,34 @@ class FiniteScalarQuantizer(nn.Module):
     Args:
         levels: number of levels of each channel of a codebook.
         num_codebooks: codebooks; each has the next `len(levels)` channels.
-        dim: width of the vectors; where it is not that of all codebooks, linear layers lie in front and behind.
+        dim: width of the vectors; where that of a row is not that of all codebooks, linear layers lie in front and behind.
+        chunks: rows that a vector is cut into; each is quantised by itself, with the same codebooks and layers. A vector has
+            `chunks * num_codebooks` ids, those of its first row first.
 
     All arithmetic is float32 whatever the input's dtype: half precision would move ids.
     """
 
-    def __init__(self, levels: Sequence[int], num_codebooks: int = 1, dim: int | None = None) -> None:
+    def __init__(
+        self, levels: Sequence[int], num_codebooks: int = 1, dim: int | None = None, chunks: int = 1
+    ) -> None:
         super().__init__()
         if not levels or min(levels) < 2 or num_codebooks < 1:
             raise ValueError(
                 f"`levels` must be numbers of at least 2 and `num_codebooks` positive, got {list(levels)} and {num_codebooks}."
             )
-        self.levels, self.num_codebooks = tuple(levels), num_codebooks
+        self.levels, self.num_codebooks, self.chunks = tuple(levels), num_codebooks, chunks
         width = len(self.levels) * num_codebooks
-        self.dim = width if dim is None else dim
-        self.project_in = nn.Linear(self.dim, width) if self.dim != width else None
-        self.project_out = nn.Linear(width, self.dim) if self.dim != width else None
+        self.dim = width * chunks if dim is None else dim
+        if chunks < 1 or self.dim < 1 or self.dim % chunks:
+            raise ValueError(f"`chunks` must be positive and divide the width of a vector, {self.dim}, got {chunks}.")
+        row = self.dim // chunks
+        self.project_in = nn.Linear(row, width) if row != width else None
+        self.project_out = nn.Linear(width, row) if row != width else None
+
+    @property
+    def ids_per_vector(self) -> int:
+        """Ids of a vector, one for each codebook and row."""
+        return self.chunks * self.num_codebooks
 
     @property
     def codebook_size(self) -> int:
@@ -276,24 +288,26 @@ class FiniteScalarQuantizer(nn.Module):
         return bounded + (bounded.round() - bounded).detach()
 
     def _quantize(self, vectors: torch.Tensor) -> torch.Tensor:
-        vectors = vectors.float()
+        """Vectors `[..., dim]` -> level numbers `[..., ids_per_vector, channels]`."""
+        rows = vectors.float().unflatten(-1, (self.chunks, -1))
         if self.project_in is not None:
-            vectors = F.linear(vectors, self.project_in.weight.float(), self.project_in.bias.float())
-        return self.round(vectors.unflatten(-1, (self.num_codebooks, -1)))
+            rows = F.linear(rows, self.project_in.weight.float(), self.project_in.bias.float())
+        return self.round(rows.unflatten(-1, (self.num_codebooks, -1)).flatten(-3, -2))
 
     def _vectors(self, rounded: torch.Tensor) -> torch.Tensor:
+        """Undoes `_quantize`, but for the rounding."""
         _, zero, _ = self._level_table(rounded.device)
-        vectors = (rounded / zero).flatten(-2)
+        rows = (rounded / zero).unflatten(-2, (self.chunks, -1)).flatten(-2)
         if self.project_out is not None:
-            vectors = F.linear(vectors, self.project_out.weight.float(), self.project_out.bias.float())
-        return vectors
+            rows = F.linear(rows, self.project_out.weight.float(), self.project_out.bias.float())
+        return rows.flatten(-2)
 
     def _ids(self, rounded: torch.Tensor) -> torch.Tensor:
         _, zero, basis = self._level_table(rounded.device)
         return ((rounded.detach().round().long() + zero) * basis).sum(-1)
 
     def ids(self, vectors: torch.Tensor) -> torch.Tensor:
-        """Ids int64 `[..., num_codebooks]` of vectors `[..., dim]`."""
+        """Ids int64 `[..., ids_per_vector]` of vectors `[..., dim]`."""
         with torch.autocast(vectors.device.type, enabled=False):
             return self._ids(self._quantize(vectors))
 
@@ -305,6 +319,6 @@ class FiniteScalarQuantizer(nn.Module):
             return Quantized(self._vectors(rounded), self._ids(rounded), nothing, nothing)
 
     def lookup(self, ids: torch.Tensor) -> torch.Tensor:
-        """Code vectors float32 `[..., dim]` of ids int64 `[..., num_codebooks]`."""
+        """Code vectors float32 `[..., dim]` of ids int64 `[..., ids_per_vector]`."""
         levels, zero, basis = self._level_table(ids.device)
         return self._vectors(((ids[..., None] // basis) % levels - zero).float())

@@ -189,6 +189,7 @@ class SEEDTokenizer(SemanticTokenizer):
         return self.embed_image(quantized.vectors), self.decoded_features(quantized.vectors), features, quantized
 
     def check_ids(self, codes: Codes) -> None:
+        """Raises ValueError unless `codes` hold all ids of an image."""
         super().check_ids(codes)
         if codes.num_tokens != self.config.num_tokens or (codes.mask is not None and not bool(codes.mask.all())):
             raise ValueError(

@@ -67,18 +67,17 @@ class SemanticTokenizer(VisualTokenizer):
         return self.config.patch_size
 
     def check_pixels(self, pixels: torch.Tensor) -> None:
-        """Raises ValueError unless `pixels` is a batch of images of this tokenizer's size."""
+        """Raises ValueError unless `pixels` is a batch of images of this tokenizer's size, about in [-1, 1]."""
         size = self.image_size
         if pixels.ndim != 4 or tuple(pixels.shape[1:]) != (3, size, size) or not pixels.is_floating_point():
             raise ValueError(
                 f"`pixels` must be a floating point tensor [B, 3, {size}, {size}] in [-1, 1], got {pixels.dtype} of shape "
                 f"{tuple(pixels.shape)}: resize the images to {size}x{size} first (their proportions are not kept)."
             )
+        self.check_values(pixels)
 
     def check_ids(self, codes: Codes) -> None:
         """Raises ValueError unless `codes` hold one id for each position, and at least one for each image."""
-        if codes.ids is not None and not codes.ids.numel():
-            raise ValueError("`codes` are empty: an image has at least one code.")
         super().check_ids(codes)
         if codes.mask is not None and not bool(codes.mask.any(1).all()):
             raise ValueError("`codes.mask` hides all codes of an image: an image has at least one code.")

@@ -84,6 +84,19 @@ def windows(coordinates: torch.Tensor, frames: int | None) -> Windows:
         time = time - time.min()
         group = batch * (time.max() // frames + 1) + time // frames
         local = torch.cat([(time % frames)[:, None], coordinates[:, 2:]], dim=1)
+    return _sorted(group, local, batch)
+
+
+def voxel_windows(coordinates: torch.Tensor, side: int, shift: int = 0) -> Windows:
+    """Tokens at `coordinates` `[N, 5]` in cubes of `side` rows, columns and depths, whose borders are `shift` cells lower than at the
+    multiples of `side`; see shifted windows (Liu et al., arXiv 2103.14030). All times are in one window."""
+    cubes = torch.cat([coordinates[:, :1], (coordinates[:, 2:] + shift) // side], dim=1)
+    _, group = torch.unique(cubes, dim=0, return_inverse=True)
+    return _sorted(group, coordinates[:, 1:], coordinates[:, 0])
+
+
+def _sorted(group: torch.Tensor, local: torch.Tensor, batch: torch.Tensor) -> Windows:
+    """The windows of tokens whose numbers are `group` `[N]`, at `local` `[N, 4]`, of the things `batch` `[N]`."""
     _, group, counts = torch.unique(group, return_inverse=True, return_counts=True)
     order = group.argsort(stable=True)
     starts = counts.cumsum(0) - counts

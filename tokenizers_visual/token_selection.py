@@ -51,6 +51,21 @@ class TokenSelector(nn.Module):
         best = F.one_hot(margin.argmax(1), margin.shape[1]).bool()
         return keep | (best & ~keep.any(1, keepdim=True))
 
+    @staticmethod
+    def relax(log_probs: torch.Tensor, noise: torch.Tensor | None = None, temperature: float = 1.0) -> torch.Tensor:
+        """The decisions as float32 `[B, N]`, exactly 0 or 1, whose gradients are those of the softmax they were taken from: the
+        straight-through Gumbel-softmax estimate (Jang et al., arXiv 1611.01144, section 2.2).
+
+        Args:
+            log_probs, noise: as of `decide`.
+            temperature: of that softmax.
+        """
+        if not temperature > 0:
+            raise ValueError(f"`temperature` must be a positive number, got {temperature!r}.")
+        scores = log_probs if noise is None else log_probs + noise
+        soft = (scores / temperature).softmax(-1)[..., 0]
+        return TokenSelector.decide(log_probs, noise).to(soft.dtype) + (soft - soft.detach())
+
 
 class TokenMerger(nn.Module):
     """Kept tokens see the kept ones before them, and in every block all dropped ones.
@@ -83,9 +98,17 @@ class TokenMerger(nn.Module):
         )
 
     def forward(self, features: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
-        """`[B, N, dim]` at all positions, of which those of kept tokens matter, for `features` `[B, N, dim]` and `keep` `[B, N]`."""
+        """`[B, N, dim]` at all positions, of which those of kept tokens matter.
+
+        Args:
+            features: `[B, N, dim]`.
+            keep: bool `[B, N]`, or the 0 and 1 of `TokenSelector.relax`, to which gradients then pass.
+        """
+        if not (keep.requires_grad and torch.is_grad_enabled()):
+            keep = keep.bool()
+        dropped = 1 - keep if keep.is_floating_point() else ~keep
         return self.transformer(
-            self.context_norm(features), features, mask=causal_key_mask(keep), context_mask=key_mask(~keep)
+            self.context_norm(features), features, mask=causal_key_mask(keep), context_mask=key_mask(dropped)
         )
 
 

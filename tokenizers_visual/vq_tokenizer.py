@@ -112,7 +112,7 @@ class VQTokenizer(VisualTokenizer):
 
     def features(self, pixels: torch.Tensor) -> torch.Tensor:
         """Encoder output before quantisation, `[B, codebook_dim, h, w]`."""
-        return self.quant_conv(self.encoder(pixels))
+        return self.quant_conv(self.encoder(pixels.to(self.encoder.conv_in.weight.dtype)))
 
     @apply_forward_hook
     def encode(self, pixels: torch.Tensor, *, generator: torch.Generator | None = None) -> Codes:

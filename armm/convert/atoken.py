@@ -18,7 +18,7 @@ from armm.hub import resolve_file
 from tokenizers_visual.atoken import ATokenTokenizer
 from tokenizers_visual.quantizers import FSQ_LEVELS
 
-from .containers import CheckpointShapeError, load_state_dict
+from .containers import CheckpointShapeError, UnreadableCheckpointError, load_state_dict
 from .facts import compare, count, read_mapping, shape
 from .keymap import Rule, apply_rules, load_strict, split_thirds
 from .mingtok import halves
@@ -27,6 +27,7 @@ from .mingtok import halves
 PUBLISHED_HEADS = {1152: 16}
 PUBLISHED_PATCHES = {3072: (4, 16, 16)}
 DISCRETE_FILE = "atoken-sod"  # the discrete one differs from atoken-soc in its use only
+GAUSSIANS_FILE = "3d_decode_gs"
 
 # Authors' constructor arguments -> ours.
 _OPTION_NAMES = {
@@ -40,18 +41,19 @@ _OPTION_NAMES = {
     "decoder_mlp_channels": "decoder_mlp_hidden",
     "quantizer_codebook_size": "codebook_size",
     "quantizer_num_codebooks": "num_codebooks",
+    "quantizer_chunk_size": "chunk_size",
     "temporal_window_size": "window_frames",
 }
 _OPTIONS = {
-    "patch_size", "in_channels", "out_channels", "latent_channels", "use_quantizer", "codebook_size", "num_codebooks", "window_frames",
-    "quantizer_feature_dim", *(f"{coder}_{part}" for coder in ("encoder", "decoder") for part in ("dim", "layers", "heads", "mlp_hidden")),
+    "patch_size", "in_channels", "out_channels", "latent_channels", "use_quantizer", "codebook_size", "num_codebooks", "chunk_size",
+    "window_frames", "quantizer_feature_dim",
+    *(f"{coder}_{part}" for coder in ("encoder", "decoder") for part in ("dim", "layers", "heads", "mlp_hidden")),
 }  # fmt: skip
 # Constructor arguments that would make another architecture, with the values of the published ones.
 _FIXED: dict[str, tuple[Any, ...]] = {
     "encoder_attn_mode": ("full",), "decoder_attn_mode": ("full",), "encoder_pe_mode": ("joint",), "decoder_pe_mode": ("joint",),
     "encoder_qk_rms_norm": (False,), "decoder_qk_rms_norm": (True,), "encoder_use_bias": (True,), "decoder_use_bias": (False,),
     "encoder_use_rms_norm": (False,), "decoder_use_rms_norm": (True,), "use_decoder": (True,), "quantizer_type": ("fsq",),
-    "quantizer_chunk_size": (1,),
 }  # fmt: skip
 
 
@@ -110,6 +112,11 @@ def convert(
         hub_options: of the hub.
     """
     file = resolve_file(path, **hub_options)
+    if Path(file).name.startswith(GAUSSIANS_FILE):
+        raise UnreadableCheckpointError(
+            f"{Path(file).name} is the authors' Gaussian decoder, the layout of whose tensors is not known here: convert an atoken-*.pt, "
+            "and train a `GaussianDecoder` of your own."
+        )
     options = read_mapping(config)
     if Path(file).name.startswith(DISCRETE_FILE):
         options = {"use_quantizer": True, **options}
@@ -196,4 +203,8 @@ def _quantizer(options: Mapping[str, Any], latent_channels: int) -> dict[str, An
         raise CheckpointShapeError(
             f"`config` says quantizer_feature_dim = {options['quantizer_feature_dim']}, but latents are {latent_channels} wide."
         )
-    return {"codebook_size": size, "num_codebooks": options.get("num_codebooks", 8)}
+    return {
+        "codebook_size": size,
+        "num_codebooks": options.get("num_codebooks", 8),
+        "chunk_size": options.get("chunk_size", 1),
+    }

@@ -103,10 +103,13 @@ def smoothed_weights(
 ) -> Tensor:
     """Probabilities float32 [B, H, Nq, Nk] of a softmax behind which the mask comes: with e = exp(logit - largest logit of all keys),
     (mask * e + smoothing / Nk) / (sum of mask * e + smoothing). A query that sees nothing looks everywhere alike. This is attention
-    under a token selection (DynamicViT, Rao et al., arXiv 2106.02034, equation 11). Arguments as of `attention`.
+    under a token selection (DynamicViT, Rao et al., arXiv 2106.02034, equation 11). Arguments as of `attention`, but the mask is
+    boolean, or floating point weights of the keys in [0, 1] with gradients (for a selection that is learned), never additive.
     """
-    if mask is not None and mask.dtype != torch.bool:
-        raise ValueError(f"attention with smoothing needs a boolean mask, got {mask.dtype}")
+    if mask is not None and mask.dtype != torch.bool and not (mask.is_floating_point() and mask.requires_grad):
+        raise ValueError(
+            f"attention with smoothing needs a boolean mask, or weights in [0, 1] that require gradients, got {mask.dtype} without"
+        )
     key, _ = _repeat_heads(query, key, key)
     scores = query.float() @ key.float().transpose(-1, -2)
     scores = scores * (query.shape[-1] ** -0.5 if scale is None else scale)
@@ -204,7 +207,7 @@ def attention(
     `mask` (bool, True = may look, or additive) broadcasts to [B, H, Nq, Nk]. `causal` means the queries are the last Nq
     of the keys' positions. Hkv divides H. `scale` defaults to d ** -0.5.
     `layer`: under which number `record_attention` keeps the probabilities.
-    `smoothing`: with it, keys that the boolean `mask` hides keep a little weight, see `smoothed_weights`.
+    `smoothing`: with it, keys that the `mask` hides keep a little weight, see `smoothed_weights` for the masks it takes.
     """
     if smoothing:
         weights = smoothed_weights(query, key, mask, smoothing, causal, scale)

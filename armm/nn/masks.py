@@ -28,10 +28,16 @@ def key_mask(mask: Tensor) -> Tensor:
 
 
 def causal_key_mask(mask: Tensor) -> Tensor:
-    """Causal, with the keys False in `mask` [B, N] hidden from all but themselves: bool [B, 1, N, N]."""
+    """Causal, with the keys False in `mask` [B, N] hidden from all but themselves: bool [B, 1, N, N].
+
+    Of floating point weights in [0, 1], a mask of such weights, through which gradients reach them (see `smoothed_weights`).
+    """
     length = mask.shape[1]
-    allowed = causal_mask(length, length, mask.device) & mask[:, None, :].bool()
-    return (allowed | torch.eye(length, dtype=torch.bool, device=mask.device))[:, None]
+    causal = causal_mask(length, length, mask.device)
+    own = torch.eye(length, dtype=torch.bool, device=mask.device)
+    if mask.is_floating_point():
+        return (causal * mask[:, None, :]).masked_fill(own, 1.0)[:, None]
+    return (causal & mask[:, None, :].bool() | own)[:, None]
 
 
 def prefix_mask(mask: Tensor, total: int, bidirectional: int = 0) -> Tensor:
