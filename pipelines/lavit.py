@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -224,6 +225,7 @@ class LaVITPipeline(PaintingPipeline, UnderstandingPipeline):
         if not images or len(rows) != len(images):
             raise ValueError(f"`question` holds {len(rows)} questions for {len(images)} images: give one for each.")
         sample = self.setting("sample_tokens", sample_tokens)
+        self.check_generator(generator, len(images))
         generators = generator if isinstance(generator, (list, tuple)) else [generator] * len(images)
         model, device, readings = self.transformer, self._execution_device, []
         for item, words, source in zip(images, rows, generators, strict=True):
@@ -271,18 +273,18 @@ class LaVITPipeline(PaintingPipeline, UnderstandingPipeline):
         Returns:
             [`ARTextOutput`] or `tuple`: one text for each image.
         """
-        sampler = self.check_text_sampling(temperature, top_k, top_p)
-        self.check_search(search, temperature)
-        readings = self.readings(
-            image, question, prompt_ids=prompt_ids, sample_tokens=sample_tokens, generator=generator
+        return self.answer(
+            partial(
+                self.readings, image, question, prompt_ids=prompt_ids, sample_tokens=sample_tokens, generator=generator
+            ),
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            search=search,
+            generator=generator,
+            return_dict=return_dict,
         )
-        self.check_generator(generator, len(readings))
-        room = min(reading.limit for reading in readings)
-        length = min(self.generation_config["max_new_tokens"], room) if max_new_tokens is None else max_new_tokens
-        written, cost = self.write(readings, max_new_tokens=length, sampler=sampler, search=search, generator=generator)
-        texts = [self.decode_words(ids).strip() for ids in written]
-        self.maybe_free_model_hooks()
-        return ARTextOutput(texts=texts, cost=cost) if return_dict else (texts,)
 
     def ask(self, image: Any, question: Any = None, **options: Any) -> ARTextOutput:
         """`describe`, by the name that all pipelines share that read."""
