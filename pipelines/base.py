@@ -24,11 +24,13 @@ from diffusers.video_processor import VideoProcessor
 
 from armm.decoding.acceleration import Acceleration
 from armm.decoding.guidance import ContextGuidance, Guidance
+from armm.decoding.sampling import Sampler
 from armm.hub import fetch_snapshot
 from tokenizers_visual.codes import Codes
 
 from . import decodings, loading
 from .outputs import ARPipelineOutput, ARVideoOutput
+from .settings import check_number, check_setting, sampler_of
 
 __all__ = ["ARPipeline", "DiffusionPipeline", "OUTPUT_TYPES"]
 
@@ -260,15 +262,21 @@ class ARPipeline(DiffusionPipeline):
                 f"`callback_on_step_end_tensor_inputs` must be among {self._callback_tensor_inputs}, got unknown {unknown}."
             )
 
-    @staticmethod
-    def check_number(name: str, value: Any, *, low: float, high: float = float("inf"), integer: bool = False) -> None:
-        """Raises unless `value` is a finite number in [low, high] (an int if `integer`)."""
-        kinds = (int, np.integer) if integer else (int, float, np.integer, np.floating)
-        if isinstance(value, bool) or not isinstance(value, kinds):
-            raise TypeError(f"`{name}` must be {'an integer' if integer else 'a number'}, got {value!r}.")
-        if not low <= value <= high or value == float("inf"):
-            bounds = f"at least {low}" if high == float("inf") else f"between {low} and {high}"
-            raise ValueError(f"`{name}` must be {bounds}, got {value}.")
+    check_number = staticmethod(check_number)
+
+    def check_settings(self, **given: Any) -> dict[str, Any]:
+        """The settings of a call: the given ones, this checkpoint's where an argument is None. What they cannot be is a ValueError or a
+        TypeError, see `pipelines.settings`."""
+        settings = {name: self.setting(name, value) for name, value in given.items()}
+        for name, value in settings.items():
+            if value is not None or self.generation_settings[name] is not None:  # None may be a setting of its own
+                settings[name] = check_setting(name, value)
+        return settings
+
+    def check_sampling(self, guidance_scale: Any, **filters: Any) -> tuple[float, Sampler]:
+        """The guidance scale and the sampler of a call, with this checkpoint's settings where an argument is None."""
+        settings = self.check_settings(guidance_scale=guidance_scale, **filters)
+        return float(settings.pop("guidance_scale")), sampler_of(**settings)
 
     def step_end(
         self,
@@ -311,13 +319,16 @@ class ARPipeline(DiffusionPipeline):
             return_dict: False returns a tuple.
             output_codes: also return `codes`.
         """
-        is_video = self.tokenizer.is_video
-        pictures: Any = (self.decode_codes_to_frames if is_video else self.decode_codes_to_images)(codes, output_type)
+        decode = self.decode_codes_to_frames if self.tokenizer.is_video else self.decode_codes_to_images
+        return self.wrap_output(decode(codes, output_type), codes, return_dict=return_dict, output_codes=output_codes)
+
+    def wrap_output(self, pictures: Any, codes: Codes, *, return_dict: bool, output_codes: bool) -> Any:
+        """`make_output` of pictures that are decoded already."""
         self.maybe_free_model_hooks()
         if not return_dict:
             return (pictures, codes) if output_codes else (pictures,)
         kept = codes if output_codes else None
-        return ARVideoOutput(pictures, kept) if is_video else ARPipelineOutput(pictures, kept)
+        return ARVideoOutput(pictures, kept) if self.tokenizer.is_video else ARPipelineOutput(pictures, kept)
 
     def decode_codes_to_images(
         self, codes: Codes, output_type: str = "pil"

@@ -22,6 +22,7 @@ from tokenizers_visual.lavit import LaVITTokenizer
 from tokenizers_visual.lavit_decoder import LaVITDecoder
 from tokenizers_visual.semantic import ImageCondition
 
+from .arguments import text_list
 from .bpe import BPETokenizer
 from .conversation import picture
 from .crops import on_white, to_pixels
@@ -146,10 +147,7 @@ class LaVITPipeline(PaintingPipeline, UnderstandingPipeline):
             if not rows or not all(0 <= value < self.begin_image for row in rows for value in row):
                 raise ValueError(f"`prompt_ids` must be lists of ids of words, 0 .. {self.begin_image - 1}.")
             return rows
-        listed = [texts] if isinstance(texts, str) else texts
-        if not isinstance(listed, (list, tuple)) or not listed or not all(isinstance(text, str) for text in listed):
-            raise TypeError(f"`{name}` must be a string or a non-empty list of strings, got {texts!r}.")
-        return [self.words().encode(text) if text else [] for text in listed]
+        return [self.words().encode(text) if text else [] for text in text_list(texts, name)]
 
     # ------------------------------------------------------------------ images
 
@@ -340,11 +338,7 @@ class LaVITPipeline(PaintingPipeline, UnderstandingPipeline):
         self.check_output_type(output_type)
         self.check_callback_inputs(callback_on_step_end_tensor_inputs)
         self.check_number("num_images_per_prompt", num_images_per_prompt, low=1, integer=True)
-        scale = self.setting("guidance_scale", guidance_scale)
-        self.check_number("guidance_scale", scale, low=0)
-        sampler = self.check_text_sampling(
-            self.setting("temperature", temperature), self.setting("top_k", top_k), self.setting("top_p", top_p)
-        )
+        scale, sampler = self.check_sampling(guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p)
         most = self.setting("max_image_tokens", max_image_tokens)
         self.check_number("max_image_tokens", most, low=1, high=self.tokenizer.max_tokens, integer=True)
         fewest = self.setting("min_image_tokens", min_image_tokens)

@@ -21,6 +21,7 @@ from armm.pruning import Cost, VisualPruning
 
 from .base import ARPipeline
 from .outputs import ARTextOutput
+from .settings import sampler_of
 
 __all__ = ["DiffusionPipeline", "Reading", "UnderstandingPipeline"]
 
@@ -77,13 +78,7 @@ class UnderstandingPipeline(ARPipeline):
     @staticmethod
     def check_text_sampling(temperature: Any, top_k: Any, top_p: Any) -> Sampler:
         """The sampler of a text; temperature 0 takes the likeliest token."""
-        check = ARPipeline.check_number
-        check("temperature", temperature, low=0)
-        check("top_k", top_k, low=0, integer=True)
-        check("top_p", top_p, low=0, high=1)
-        if top_p == 0:
-            raise ValueError("`top_p` must be above 0 (1 turns the filter off), got 0.")
-        return Sampler(temperature=temperature or 1.0, top_k=int(top_k), top_p=top_p, do_sample=temperature > 0)
+        return sampler_of(temperature, top_k, top_p)
 
     def check_length(self, readings: Sequence[Reading], max_new_tokens: int | None) -> None:
         """Raises unless `max_new_tokens` is None or fits behind every reading."""

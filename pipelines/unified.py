@@ -128,24 +128,6 @@ class UnifiedPipeline(ARPipeline):
 
     # ------------------------------------------------------------------ drawing
 
-    def check_sampling(
-        self, guidance_scale: float | None, temperature: float | None, top_k: int | None, top_p: float | None
-    ) -> tuple[float, Sampler]:
-        """The guidance scale and the sampler of a call, with this checkpoint's settings where an argument is None."""
-        guidance_scale = self.setting("guidance_scale", guidance_scale)
-        temperature, top_k, top_p = (
-            self.setting(name, value)
-            for name, value in (("temperature", temperature), ("top_k", top_k), ("top_p", top_p))
-        )
-        self.check_number("guidance_scale", guidance_scale, low=0)
-        self.check_number("temperature", temperature, low=0)
-        self.check_number("top_k", top_k, low=0, integer=True)
-        self.check_number("top_p", top_p, low=0, high=1)
-        if top_p == 0:
-            raise ValueError("`top_p` must be above 0 (1 turns the filter off), got 0.")
-        sampler = Sampler(temperature=temperature or 1.0, top_k=int(top_k), top_p=top_p, do_sample=temperature > 0)
-        return float(guidance_scale), sampler
-
     def draw_codes(
         self,
         prefix: torch.Tensor,
