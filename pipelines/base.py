@@ -74,6 +74,8 @@ class ARPipeline(DiffusionPipeline):
                 `torch_dtype` is accepted as well.
             decoding (`str` or a decoding strategy, *optional*): the name of one of the decodings that the checkpoint offers (a
                 wrong one lists them), with the transformer trained for it; or a strategy for the checkpoint's own transformer.
+            variant (`str`, *optional*): of the weights, such as "fp16" for files that `save_pretrained(..., variant="fp16")` wrote;
+                components without it are loaded as they are.
             kwargs: everything that `DiffusionPipeline.from_pretrained` accepts, components included.
         """
         if "torch_dtype" in kwargs:
@@ -91,10 +93,11 @@ class ARPipeline(DiffusionPipeline):
         else:
             hub_keys = ("cache_dir", "force_download", "local_files_only", "token", "revision", "variant")
             folder = Path(cls.download(name, **{key: kwargs[key] for key in hub_keys if key in kwargs}))
-        index = loading.read_index(folder)
+        index, variant = loading.read_index(folder), kwargs.get("variant")
+        loading.check_variant(folder, variant)
         offer = None
         if isinstance(kwargs.get("decoding"), str):
-            offer = decodings.load(folder, index, kwargs.pop("decoding"), kwargs.get("dtype"))
+            offer = decodings.load(folder, index, kwargs.pop("decoding"), kwargs.get("dtype"), variant)
         stored = (index if offer is None else offer[1])["_class_name"]
         target = loading.pipeline_class({"_class_name": stored}, folder) if cls is ARPipeline else cls
         if stored not in (target.__name__, *target.interchangeable):
@@ -106,12 +109,12 @@ class ARPipeline(DiffusionPipeline):
         if offer is not None:
             kwargs |= {part: component for part, component in offer[2].items() if part not in kwargs}
             kwargs.setdefault("generation_config", offer[1].get("generation_config"))
-        loading.check_component_files(folder, index, skip=set(kwargs), variant=kwargs.get("variant"))
+        loading.check_component_files(folder, index, skip=set(kwargs), variant=variant)
         pipe = DiffusionPipeline.from_pretrained.__func__(target, str(folder), **kwargs)
         if kwargs.get("quantization_config") is None:
-            loading.check_loaded_weights(pipe, folder, index, skip=set(kwargs), variant=kwargs.get("variant"))
+            loading.check_loaded_weights(pipe, folder, index, skip=set(kwargs), variant=variant)
         if offer is not None and offer[2]:
-            loading.check_loaded_weights(pipe, offer[0], offer[1], skip=set(), variant=None)
+            loading.check_loaded_weights(pipe, offer[0], offer[1], skip=set(), variant=variant)
         pipe.register_to_config(_name_or_path=name)
         pipe.fuse_projections()
         return pipe

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -47,20 +46,13 @@ def known_so_far(latents: Tensor, count: int) -> Tensor:
     return F.pad(latents, (0, count - latents.shape[1]), value=-1)
 
 
-def progress(pipe: Any, latents: Tensor, step: int, grid: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """What `callback_on_step_end` is given as `"latents"` at `step` -> tokens of `grid` in raster order, ids [B, N] or latents
-    [B, N, C], and where they are known, bool [B, N]."""
+def progress(latents: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """What `callback_on_step_end` is given as `"latents"` -> tokens in raster order, ids [B, N] or latents [B, N, C], and where they
+    are known, bool [B, N]: not where latents are 0."""
     if latents.ndim == 3:
-        known = _steps(decode_groups(pipe, grid)).to(latents.device) <= step
-        return latents, known.expand(latents.shape[:2])
-    ids = known_so_far(latents, math.prod(grid))
+        return latents, (latents != 0).any(-1)
+    ids = known_so_far(latents, count)
     return ids, ids >= 0
-
-
-def _steps(groups: Sequence[Tensor]) -> Tensor:
-    """int64 [N]: the number of the group that each cell is in."""
-    numbers = torch.arange(len(groups)).repeat_interleave(torch.tensor([len(group) for group in groups]))
-    return torch.empty_like(numbers).scatter(0, torch.cat(list(groups)).cpu(), numbers)
 
 
 @torch.no_grad()
@@ -112,7 +104,9 @@ def appearing(pipe: Any, codes: Codes, size: int, max_frames: int = MAX_FRAMES) 
         raise ValueError("only pictures made of one token per grid cell can be shown token by token")
     grid = codes.grid[1:]
     groups = decode_groups(pipe, grid)
-    number = _steps(groups).to(tokens.device)
+    number = torch.empty(tokens.shape[1], dtype=torch.long, device=tokens.device)
+    for index, group in enumerate(groups):
+        number[group] = index
     per_frame = -(-len(groups) // max_frames)
     for known in (*range(0, len(groups), per_frame), len(groups)):
         visible = (number < known).expand(tokens.shape[:2])

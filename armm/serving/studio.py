@@ -24,8 +24,7 @@ from armm.decoding.speculative import (
 from armm.explain import Explanation
 from armm.serving.live import Pace, Show, live
 from pipelines import UnifiedImageToTextPipeline, UnifiedInpaintPipeline, UnifiedTextToImagePipeline, decodings, loading
-from pipelines.flow import FlowPipeline
-from pipelines.preview import decode_groups, known_so_far, partial_images, progress
+from pipelines.preview import known_so_far, partial_images, progress
 from pipelines.shipped import task_decodings, task_pipeline
 
 __all__ = ["ACCELERATIONS", "Drawing", "Preview", "Studio", "painted_mask"]
@@ -74,22 +73,22 @@ class _Watch:
 
     show: Show
     stop: threading.Event
-    preview: Callable[[torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]  # -> tokens, where they are known
+    preview: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]  # -> tokens, where they are known
     tokenizer: Any
     grid: tuple[int, int]
-    calls_of_step: int = 1
+    calls_in_all: int = 0  # without acceleration
     pace: Pace = field(default_factory=Pace)
     calls: int = 0
     stopped: bool = False
 
     def __call__(self, pipe: Any, step: int, timestep: int, tensors: dict[str, Any]) -> dict[str, Any]:
-        self.calls += self.calls_of_step
+        self.calls += max(self.calls_in_all // pipe.num_timesteps, 1)  # a step may be many of a solver
         if self.stop.is_set():
             pipe._interrupt = self.stopped = True
             return {}
         if self.pace.due:
             with self.pace:
-                tokens, known = (part[:MAX_SHOWN] for part in self.preview(tensors["latents"], step))
+                tokens, known = (part[:MAX_SHOWN] for part in self.preview(tensors["latents"]))
                 images = partial_images(self.tokenizer, tokens, self.grid, PREVIEW_SIZE, known)
                 self.show(Preview(images, self.calls, int(known.sum(1).min()), known.shape[1]))
         return {}
@@ -112,9 +111,12 @@ class Studio:
         if not self.folder.is_dir():
             raise FileNotFoundError(f"no folder {str(self.folder)!r}: give a directory written by `save_pretrained`")
         self.device, self.dtype = torch.device(device), dtype or torch.float32
-        own_decodings = decodings.offered(self.folder, loading.read_index(self.folder))
-        self.decodings = task_decodings("text-to-image") if folder is None else own_decodings
-        self._elsewhere = set(self.decodings) - set(own_decodings)
+        self._shipped = folder is None
+        self.decodings = (
+            task_decodings("text-to-image")
+            if folder is None
+            else decodings.offered(self.folder, loading.read_index(self.folder))
+        )
         self._drawers: dict[str, Any] = {}
         self._lock = threading.Lock()
         self._stops: dict[str, threading.Event] = {}
@@ -132,7 +134,7 @@ class Studio:
         """The pipeline that draws with `decoding`, loaded when it is first asked for."""
         if decoding not in self._drawers:
             options: dict[str, Any] = {"decoding": decoding, "dtype": self.dtype}
-            if decoding in self._elsewhere:
+            if self._shipped:
                 pipe = task_pipeline("text-to-image", **options)
             else:
                 pipe = UnifiedTextToImagePipeline.from_pretrained(self.folder, **options)
@@ -155,8 +157,10 @@ class Studio:
     def calls(self, decoding: str) -> int:
         """Calls of the transformer that a picture takes without acceleration."""
         pipe = self.drawer(decoding)
-        steps = {"num_steps": pipe.generation_config["num_flow_steps"]} if isinstance(pipe, FlowPipeline) else {}
-        return pipe.decoding.num_calls(pipe.transformer.grid, **steps)
+        settings, grid = pipe.generation_config, pipe.transformer.grid
+        if "num_flow_steps" in settings:
+            return pipe.decoding.num_calls(grid, settings["num_flow_steps"])
+        return settings["num_inference_steps"] if "num_inference_steps" in settings else pipe.decoding.num_calls(grid)
 
     def judges(self, decoding: str) -> bool:
         """Whether the model that draws with a decoding can choose among candidates."""
@@ -232,9 +236,7 @@ class Studio:
             judged = {"num_candidates": candidates} if self.judges(decoding) else {}
             if not judged and candidates not in (None, 1):
                 raise ValueError(f"no model chooses among candidates that are drawn with {decoding}: draw 1.")
-            # Of continuous tokens, all steps of a solver are one step of the decoding.
-            calls_of_step = self.calls(decoding) // len(decode_groups(pipe, grid))
-            watch = _Watch(show, stop, partial(progress, pipe, grid=grid), pipe.tokenizer, grid, calls_of_step)
+            watch = _Watch(show, stop, partial(progress, count=tokens), pipe.tokenizer, grid, self.calls(decoding))
             speculative = None
             if acceleration is not None:
                 speculative = ACCELERATIONS[acceleration](window=window, init="repeat_left")
@@ -302,7 +304,7 @@ class Studio:
             redrawn = pipe.mask_to_cells(mask).flatten(1).to(self.device)
             known = pipe.encode_image(image)
 
-            def preview(latents: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+            def preview(latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
                 ids = torch.where(redrawn, known_so_far(latents, known.shape[1]), known)
                 return ids, ids >= 0
 
