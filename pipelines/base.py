@@ -70,23 +70,15 @@ class ARPipeline(DiffusionPipeline):
         Args:
             pretrained_model_name_or_path (`str` or `os.PathLike`): a directory written by `save_pretrained`, or
                 "organisation/repository" on the hub.
-            dtype (`torch.dtype` or `dict`, *optional*): dtype of the weights; a dict names components and `"default"`.
-                `torch_dtype` is accepted as well.
+            dtype (`torch.dtype` or `dict`, *optional*): dtype of the weights, however they are stored; a dict names components
+                and `"default"`, None is float32. `torch_dtype` is accepted as well.
             decoding (`str` or a decoding strategy, *optional*): the name of one of the decodings that the checkpoint offers (a
                 wrong one lists them), with the transformer trained for it; or a strategy for the checkpoint's own transformer.
             variant (`str`, *optional*): of the weights, such as "fp16" for files that `save_pretrained(..., variant="fp16")` wrote;
                 components without it are loaded as they are.
             kwargs: everything that `DiffusionPipeline.from_pretrained` accepts, components included.
         """
-        if "torch_dtype" in kwargs:
-            torch_dtype = kwargs.pop("torch_dtype")
-            if kwargs.get("dtype") is None:
-                kwargs["dtype"] = torch_dtype
-            elif torch_dtype not in (None, kwargs["dtype"]):
-                raise ValueError(
-                    f"`dtype` ({kwargs['dtype']}) and its old name `torch_dtype` ({torch_dtype}) disagree: give one."
-                )
-        loading.check_dtype(kwargs.get("dtype"))
+        loading.rename_dtype(kwargs)
         name = str(pretrained_model_name_or_path)
         if Path(name).is_dir():
             folder = Path(name)
@@ -138,9 +130,7 @@ class ARPipeline(DiffusionPipeline):
             raise ValueError(
                 f"{cls.__name__} has no published single-file format: use `{cls.__name__}.from_pretrained(directory)`."
             )
-        if "torch_dtype" in kwargs:
-            kwargs.setdefault("dtype", kwargs.pop("torch_dtype"))
-        loading.check_dtype(kwargs.get("dtype"))
+        loading.rename_dtype(kwargs)
         loader = importlib.import_module(cls.single_file_loader)
         pipe = cls(**loader.load_single_file(pretrained_model_link_or_path, **kwargs))
         pipe.fuse_projections()

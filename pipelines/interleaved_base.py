@@ -173,6 +173,15 @@ class InterleavedBase(ARPipeline):
         real = torch.tensor([length - len(prompt) for prompt in prompts], device=device)
         return ids, torch.arange(length, device=device) >= real[:, None]
 
+    def check_room(self, ids: torch.Tensor) -> int:
+        """How many tokens fit behind prompts [B, T]; a ValueError where none does."""
+        room = self.transformer.max_positions - ids.shape[1]
+        if room < 1:
+            raise ValueError(
+                f"a prompt of {ids.shape[1]} tokens is too long: the model has {self.transformer.max_positions} positions."
+            )
+        return room
+
     def continue_prompts(
         self,
         prompts: Sequence[Sequence[int]],
@@ -196,12 +205,7 @@ class InterleavedBase(ARPipeline):
         ids, mask = self.pad(prompts)
         text, image = self.samplers(settings)
         guidance = self.guidance_of(settings)
-        room = self.transformer.max_positions - ids.shape[1]
-        if room < 1:
-            raise ValueError(
-                f"a prompt of {ids.shape[1]} tokens is too long: the model has {self.transformer.max_positions} positions."
-            )
-        max_tokens = min(max_tokens, room)
+        max_tokens = min(max_tokens, self.check_room(ids))
         self._num_timesteps = max_tokens
         banned = [] if images else [self.block.begin, self.block.end]
         with self.progress_bar(total=max_tokens) as bar:

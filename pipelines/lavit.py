@@ -143,7 +143,8 @@ class LaVITPipeline(PaintingPipeline, UnderstandingPipeline):
         if (texts is None) == (ids is None):
             raise ValueError(f"give either `{name}` or `prompt_ids`.")
         if ids is not None:
-            rows = ids.tolist() if isinstance(ids, torch.Tensor) else [list(row) for row in ids]
+            rows = ids.tolist() if isinstance(ids, torch.Tensor) else list(ids)
+            rows = [list(row) for row in ([rows] if rows and isinstance(rows[0], int) else rows)]
             if not rows or not all(0 <= value < self.begin_image for row in rows for value in row):
                 raise ValueError(f"`prompt_ids` must be lists of ids of words, 0 .. {self.begin_image - 1}.")
             return rows
@@ -322,7 +323,7 @@ class LaVITPipeline(PaintingPipeline, UnderstandingPipeline):
             num_images_per_prompt (`int`, *optional*, defaults to 1): images of each prompt, next to each other.
             generator (`torch.Generator` or `list`, *optional*): one for the call, or one for each image; also of the painting.
             noise (*optional*): recorded noise in place of the generator, see `armm.NoiseSource`.
-            prompt_ids (`list` or `torch.Tensor`, *optional*): ids of words, a list for each image, in place of `prompt`.
+            prompt_ids (`list` or `torch.Tensor`, *optional*): ids of words, a list or a list for each image, in place of `prompt`.
             output_type (`str`, *optional*, defaults to `"pil"`): `"pil"`, `"np"` or `"pt"` through the image decoder, or `"latent"`
                 (codes [B, N]; ask for the codes too to know how many of them are real).
             return_dict (`bool`, *optional*, defaults to `True`): return an `ARPipelineOutput` rather than a tuple.

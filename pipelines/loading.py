@@ -47,6 +47,16 @@ def check_dtype(dtype: Any) -> None:
             raise TypeError(f"`dtype` must be a torch.dtype such as torch.bfloat16 (or a dict of them), got {value!r}.")
 
 
+def rename_dtype(kwargs: dict[str, Any]) -> None:
+    """Takes `torch_dtype`, the old name, out of `kwargs`, and checks `dtype`; two that differ are a ValueError."""
+    old = kwargs.pop("torch_dtype", None)
+    if old is not None and kwargs.get("dtype") not in (None, old):
+        raise ValueError(f"`dtype` ({kwargs['dtype']}) and its old name `torch_dtype` ({old}) disagree: give one.")
+    if old is not None:
+        kwargs["dtype"] = old
+    check_dtype(kwargs.get("dtype"))
+
+
 # ---------------------------------------------------------------------- reading
 
 

@@ -324,6 +324,7 @@ class MingUniVisionPipeline(MingReading):
         settings = self.check_settings(guidance_scale, image_guidance_scale, num_inference_steps, temperature)
         self.check_number("max_images", max_images, low=1, integer=True)
         sampler = self.check_text_sampling(text_temperature, 0, 1.0)
+        self.check_generator(generator, 1)
         prompt = self.prompt(messages, draw=True)
         prompt.ids.pop()  # the model begins its images by itself
         self._guidance_scale, self._interrupt = float(settings["guidance_scale"]), False

@@ -21,7 +21,7 @@ from . import loading
 from .bpe import BPETokenizer
 from .conversation import IMAGE, conversation
 from .interleaved import InterleavedPipeline
-from .outputs import ARPipelineOutput, ARTextOutput
+from .outputs import ARPipelineOutput
 from .painting import PaintingPipeline, UnCLIPPainter
 
 __all__ = ["DiffusionPipeline", "SEEDLLaMAPipeline"]
@@ -157,11 +157,6 @@ class SEEDLLaMAPipeline(PaintingPipeline, InterleavedPipeline):
         codes = super().draw(prompts, grid, settings, **options)
         self._painting_generator = options.get("generator")
         return Codes(ids=codes.ids)  # in one row of meanings, not on a grid
-
-    def ask(self, image: Any, question: Any = None, **options: Any) -> ARTextOutput:
-        """`describe`, by the name that all pipelines share that read; several questions may be about one image."""
-        several = isinstance(question, (list, tuple)) and not isinstance(image, (list, tuple))
-        return self.describe([image] * len(question) if several else image, question, **options)  # type: ignore[return-value]
 
     # ------------------------------------------------------------------ images
 

@@ -74,13 +74,6 @@ class UnifiedPipeline(ARPipeline):
         if not transformer.text_slots or not transformer.answer_slots:
             raise ValueError("`transformer` must have `text_slots` and `answer_slots`: it is no unified model.")
 
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> UnifiedPipeline:
-        """As `ARPipeline.from_pretrained`; without `dtype` the weights are computed with in float32, however they are stored."""
-        if kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None:
-            kwargs["dtype"] = torch.float32
-        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-
     # ------------------------------------------------------------------ the model's sizes
 
     @property

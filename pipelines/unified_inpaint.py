@@ -16,6 +16,7 @@ from armm.decoding.acceleration import Acceleration
 from armm.decoding.speculative import Speculative
 
 from .arguments import common_count
+from .images import loaded
 from .outputs import ARPipelineOutput
 from .unified import UnifiedPipeline, images_to_pixels
 
@@ -147,9 +148,12 @@ def mask_to_cells(mask_image: Any, size: tuple[int, int], downsample: int) -> to
             raise ValueError("`mask_image` is an empty list: give at least one mask.")
         return torch.cat([mask_to_cells(item, size, downsample) for item in mask_image])
     if isinstance(mask_image, PIL.Image.Image):
-        planes = np.asarray(mask_image.convert("L"))[None]
+        planes = np.asarray(loaded(mask_image, "mask_image").convert("L"))[None]
     elif isinstance(mask_image, (np.ndarray, torch.Tensor)):
-        planes = mask_image.detach().cpu().numpy() if isinstance(mask_image, torch.Tensor) else mask_image
+        if isinstance(mask_image, torch.Tensor):
+            mask_image = mask_image.detach().cpu()
+            mask_image = (mask_image.float() if mask_image.is_floating_point() else mask_image).numpy()
+        planes = mask_image
         if planes.ndim not in (2, 3) or 0 in planes.shape:
             raise ValueError(f"`mask_image` must have shape [H, W] or [B, H, W], got {tuple(planes.shape)}.")
         planes = planes[None] if planes.ndim == 2 else planes

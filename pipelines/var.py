@@ -153,7 +153,7 @@ class VARPipeline(ARPipeline):
             more_smooth=more_smooth,
         )
         device = self._execution_device
-        labels = self.class_indices(class_labels, editing=image is not None)
+        labels = self.class_indices(class_labels, editing=image is not None or mask_image is not None)
         kept = None if image is None and mask_image is None else self.kept_tokens(image, mask_image)
         if kept is not None:
             if latents is not None:
