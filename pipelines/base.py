@@ -24,11 +24,13 @@ from diffusers.video_processor import VideoProcessor
 
 from armm.decoding.acceleration import Acceleration
 from armm.decoding.guidance import ContextGuidance, Guidance
+from armm.decoding.sampling import Sampler
 from armm.hub import fetch_snapshot
 from tokenizers_visual.codes import Codes
 
 from . import decodings, loading
 from .outputs import ARPipelineOutput, ARVideoOutput
+from .settings import check_number, check_setting, sampler_of
 
 __all__ = ["ARPipeline", "DiffusionPipeline", "OUTPUT_TYPES"]
 
@@ -68,31 +70,26 @@ class ARPipeline(DiffusionPipeline):
         Args:
             pretrained_model_name_or_path (`str` or `os.PathLike`): a directory written by `save_pretrained`, or
                 "organisation/repository" on the hub.
-            dtype (`torch.dtype` or `dict`, *optional*): dtype of the weights; a dict names components and `"default"`.
-                `torch_dtype` is accepted as well.
+            dtype (`torch.dtype` or `dict`, *optional*): dtype of the weights, however they are stored; a dict names components
+                and `"default"`, None is float32. `torch_dtype` is accepted as well.
             decoding (`str` or a decoding strategy, *optional*): the name of one of the decodings that the checkpoint offers (a
                 wrong one lists them), with the transformer trained for it; or a strategy for the checkpoint's own transformer.
+            variant (`str`, *optional*): of the weights, such as "fp16" for files that `save_pretrained(..., variant="fp16")` wrote;
+                components without it are loaded as they are.
             kwargs: everything that `DiffusionPipeline.from_pretrained` accepts, components included.
         """
-        if "torch_dtype" in kwargs:
-            torch_dtype = kwargs.pop("torch_dtype")
-            if kwargs.get("dtype") is None:
-                kwargs["dtype"] = torch_dtype
-            elif torch_dtype not in (None, kwargs["dtype"]):
-                raise ValueError(
-                    f"`dtype` ({kwargs['dtype']}) and its old name `torch_dtype` ({torch_dtype}) disagree: give one."
-                )
-        loading.check_dtype(kwargs.get("dtype"))
+        loading.rename_dtype(kwargs)
         name = str(pretrained_model_name_or_path)
         if Path(name).is_dir():
             folder = Path(name)
         else:
             hub_keys = ("cache_dir", "force_download", "local_files_only", "token", "revision", "variant")
             folder = Path(cls.download(name, **{key: kwargs[key] for key in hub_keys if key in kwargs}))
-        index = loading.read_index(folder)
+        index, variant = loading.read_index(folder), kwargs.get("variant")
+        loading.check_variant(folder, variant)
         offer = None
         if isinstance(kwargs.get("decoding"), str):
-            offer = decodings.load(folder, index, kwargs.pop("decoding"), kwargs.get("dtype"))
+            offer = decodings.load(folder, index, kwargs.pop("decoding"), kwargs.get("dtype"), variant)
         stored = (index if offer is None else offer[1])["_class_name"]
         target = loading.pipeline_class({"_class_name": stored}, folder) if cls is ARPipeline else cls
         if stored not in (target.__name__, *target.interchangeable):
@@ -104,12 +101,12 @@ class ARPipeline(DiffusionPipeline):
         if offer is not None:
             kwargs |= {part: component for part, component in offer[2].items() if part not in kwargs}
             kwargs.setdefault("generation_config", offer[1].get("generation_config"))
-        loading.check_component_files(folder, index, skip=set(kwargs), variant=kwargs.get("variant"))
+        loading.check_component_files(folder, index, skip=set(kwargs), variant=variant)
         pipe = DiffusionPipeline.from_pretrained.__func__(target, str(folder), **kwargs)
         if kwargs.get("quantization_config") is None:
-            loading.check_loaded_weights(pipe, folder, index, skip=set(kwargs), variant=kwargs.get("variant"))
+            loading.check_loaded_weights(pipe, folder, index, skip=set(kwargs), variant=variant)
         if offer is not None and offer[2]:
-            loading.check_loaded_weights(pipe, offer[0], offer[1], skip=set(), variant=None)
+            loading.check_loaded_weights(pipe, offer[0], offer[1], skip=set(), variant=variant)
         pipe.register_to_config(_name_or_path=name)
         pipe.fuse_projections()
         return pipe
@@ -133,9 +130,7 @@ class ARPipeline(DiffusionPipeline):
             raise ValueError(
                 f"{cls.__name__} has no published single-file format: use `{cls.__name__}.from_pretrained(directory)`."
             )
-        if "torch_dtype" in kwargs:
-            kwargs.setdefault("dtype", kwargs.pop("torch_dtype"))
-        loading.check_dtype(kwargs.get("dtype"))
+        loading.rename_dtype(kwargs)
         loader = importlib.import_module(cls.single_file_loader)
         pipe = cls(**loader.load_single_file(pretrained_model_link_or_path, **kwargs))
         pipe.fuse_projections()
@@ -260,15 +255,21 @@ class ARPipeline(DiffusionPipeline):
                 f"`callback_on_step_end_tensor_inputs` must be among {self._callback_tensor_inputs}, got unknown {unknown}."
             )
 
-    @staticmethod
-    def check_number(name: str, value: Any, *, low: float, high: float = float("inf"), integer: bool = False) -> None:
-        """Raises unless `value` is a finite number in [low, high] (an int if `integer`)."""
-        kinds = (int, np.integer) if integer else (int, float, np.integer, np.floating)
-        if isinstance(value, bool) or not isinstance(value, kinds):
-            raise TypeError(f"`{name}` must be {'an integer' if integer else 'a number'}, got {value!r}.")
-        if not low <= value <= high or value == float("inf"):
-            bounds = f"at least {low}" if high == float("inf") else f"between {low} and {high}"
-            raise ValueError(f"`{name}` must be {bounds}, got {value}.")
+    check_number = staticmethod(check_number)
+
+    def check_settings(self, **given: Any) -> dict[str, Any]:
+        """The settings of a call: the given ones, this checkpoint's where an argument is None. What they cannot be is a ValueError or a
+        TypeError, see `pipelines.settings`."""
+        settings = {name: self.setting(name, value) for name, value in given.items()}
+        for name, value in settings.items():
+            if value is not None or self.generation_settings[name] is not None:  # None may be a setting of its own
+                settings[name] = check_setting(name, value)
+        return settings
+
+    def check_sampling(self, guidance_scale: Any, **filters: Any) -> tuple[float, Sampler]:
+        """The guidance scale and the sampler of a call, with this checkpoint's settings where an argument is None."""
+        settings = self.check_settings(guidance_scale=guidance_scale, **filters)
+        return float(settings.pop("guidance_scale")), sampler_of(**settings)
 
     def step_end(
         self,
@@ -311,13 +312,16 @@ class ARPipeline(DiffusionPipeline):
             return_dict: False returns a tuple.
             output_codes: also return `codes`.
         """
-        is_video = self.tokenizer.is_video
-        pictures: Any = (self.decode_codes_to_frames if is_video else self.decode_codes_to_images)(codes, output_type)
+        decode = self.decode_codes_to_frames if self.tokenizer.is_video else self.decode_codes_to_images
+        return self.wrap_output(decode(codes, output_type), codes, return_dict=return_dict, output_codes=output_codes)
+
+    def wrap_output(self, pictures: Any, codes: Codes, *, return_dict: bool, output_codes: bool) -> Any:
+        """`make_output` of pictures that are decoded already."""
         self.maybe_free_model_hooks()
         if not return_dict:
             return (pictures, codes) if output_codes else (pictures,)
         kept = codes if output_codes else None
-        return ARVideoOutput(pictures, kept) if is_video else ARPipelineOutput(pictures, kept)
+        return ARVideoOutput(pictures, kept) if self.tokenizer.is_video else ARPipelineOutput(pictures, kept)
 
     def decode_codes_to_images(
         self, codes: Codes, output_type: str = "pil"

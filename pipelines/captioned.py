@@ -18,13 +18,6 @@ class CaptionedPipeline(ContinuousPipeline):
     """Base of these pipelines, to be named before the one that draws. The transformer has `vocab_size` words and `text_length` slots
     for them."""
 
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
-        """As `ARPipeline.from_pretrained`; without `dtype` the weights are computed with in float32, however they are stored."""
-        if kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None:
-            kwargs["dtype"] = torch.float32
-        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-
     def register_vocabulary(self, vocabulary: list[str] | None, transformer: Any) -> None:
         """Keeps the words of the model; a ValueError unless they are as many as the transformer knows."""
         if not vocabulary:

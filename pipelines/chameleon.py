@@ -133,18 +133,20 @@ class ChameleonPipeline(InterleavedPipeline):
             image_temperature=image_temperature,
             image_top_p=image_top_p,
         )
-        self._guidance_scale = settings["guidance_scale"]
         rows = [
             self.encode_prompt(item) if isinstance(item, str) else item
             for item in self.check_prompts(prompt, prompt_ids)
         ]
-        codes = self.draw(
-            [row for row in rows for _ in range(num_images_per_prompt)],
+        return self.generate(
+            rows,
             grid,  # type: ignore[arg-type]
             settings,
+            num_images_per_prompt=num_images_per_prompt,
+            output_type=output_type,
+            return_dict=return_dict,
+            output_codes=output_codes,
             generator=generator,
             noise=noise,
             callback=callback_on_step_end,
             callback_names=callback_on_step_end_tensor_inputs,
         )
-        return self.make_output(codes, output_type, return_dict=return_dict, output_codes=output_codes)

@@ -1,4 +1,4 @@
-"""What the pipelines share that make pictures of classes out of continuous tokens."""
+"""What the pipelines share that make pictures out of continuous tokens."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["ContinuousPipeline", "DiffusionPipeline"]
 
 
 class ContinuousPipeline(ARPipeline):
-    """Base of class-conditional pipelines over a continuous tokenizer. Subclasses name the classes of their components."""
+    """Base of pipelines over a continuous tokenizer. Subclasses name the classes of their components."""
 
     model_cpu_offload_seq = "transformer->tokenizer"
     _accelerations: ClassVar[tuple[type[Acceleration], ...]] = (StepAnnealing,)

@@ -10,6 +10,7 @@ import PIL.Image
 import torch
 
 from .bpe import BPETokenizer
+from .images import loaded
 
 IMAGE = "<|image|>"  # stands for an image in a text
 
@@ -68,7 +69,9 @@ def _part(part: Any) -> Any:
 def picture(image: Any) -> PIL.Image.Image:
     """A PIL image, an array [H, W, 3] or a tensor [3, H, W] (uint8, or floats in [0, 1]) as a PIL image."""
     if isinstance(image, PIL.Image.Image):
-        return image
+        return loaded(image)
+    if isinstance(image, torch.Tensor) and image.is_floating_point():
+        image = image.float()  # numpy has no bfloat16
     if isinstance(image, torch.Tensor) and image.dim() == 3 and image.shape[0] == 3:
         image = image.detach().cpu().permute(1, 2, 0).numpy()
     if isinstance(image, np.ndarray) and image.ndim == 3 and image.shape[2] == 3:

@@ -309,13 +309,3 @@ class DARPipeline(LlamaGenPipeline):
         return Guidance(
             settings["guidance_scale"], schedule="linear", start=start, interval=settings["guidance_interval"]
         )
-
-    def check_settings(self, **given: Any) -> dict[str, Any]:
-        own = {name: given.pop(name) for name in ("guidance_start", "num_inference_steps")}
-        settings = super().check_settings(**given)
-        for name, value in own.items():
-            settings[name] = value = self.setting(name, value)
-            if value is not None:
-                steps = name == "num_inference_steps"
-                self.check_number(name, value, low=1 if steps else 0.0, integer=steps)
-        return settings

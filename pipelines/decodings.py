@@ -35,13 +35,14 @@ def offered(folder: Path, index: dict[str, Any]) -> list[str]:
 
 
 def load(
-    folder: Path, index: dict[str, Any], name: str, dtype: Any = None
+    folder: Path, index: dict[str, Any], name: str, dtype: Any = None, variant: str | None = None
 ) -> tuple[Path, dict[str, Any], dict[str, Any]]:
     """The components of the decoding `name` of the directory `folder`.
 
     Args:
         name: `-` and `_` mean the same.
         dtype: as `ARPipeline.from_pretrained` takes it.
+        variant: of the weights, where they have it.
 
     Returns:
         The folder they lie in, its index, and the components by name; no components where `name` is the directory's own decoding.
@@ -56,13 +57,14 @@ def load(
     folder = folder / FOLDER / key
     index = loading.read_index(folder)
     loading.import_component_modules(index)
-    loading.check_component_files(folder, index, skip=set(), variant=None)
+    loading.check_component_files(folder, index, skip=set(), variant=variant)
     parts = {}
     for part, (module, class_name) in loading.components(index).items():
         component_class = getattr(importlib.import_module(module), class_name)
         options = {}
         if issubclass(component_class, ModelMixin):
             options["torch_dtype"] = dtype.get(part, dtype.get("default")) if isinstance(dtype, dict) else dtype
+            options["variant"] = variant if variant in loading.variants(folder / part) else None
         parts[part] = component_class.from_pretrained(str(folder / part), **options)
     return folder, index, parts
 

@@ -21,6 +21,7 @@ from tokenizers_visual.binary_tokenizer import BinaryTokenizer
 from tokenizers_visual.codes import Codes
 
 from . import loading
+from .arguments import check_noise, grid_of_size, known_ids
 from .base import ARPipeline
 from .imagenet import class_indices
 from .outputs import ARPipelineOutput
@@ -243,7 +244,9 @@ class ELMPipeline(ARPipeline):
         overlap = length // 2 if overlap is None else overlap
         self.check_number("overlap", overlap, low=1, high=length - 1, integer=True)
         if codes.ids is None or codes.grid is None or codes.grid[3 - axis] != across or codes.grid[axis] < overlap:
-            raise ValueError(f"`codes` must be ids that are {across} tokens wide across '{direction}', got grid {codes.grid}.")
+            raise ValueError(
+                f"`codes` must be ids that are {across} tokens wide across '{direction}', got grid {codes.grid}."
+            )
         given = codes.ids.unflatten(1, codes.grid[1:])  # [B, h, w, ...]
         latents = given.new_full((len(given), rows, columns, *given.shape[3:]), -1)
         latents.narrow(axis, 0, overlap).copy_(given.narrow(axis, codes.grid[axis] - overlap, overlap))
@@ -261,33 +264,16 @@ class ELMPipeline(ARPipeline):
 
     def check_size(self, height: int | None, width: int | None) -> tuple[int, int]:
         """The grid of an image of `height` x `width` pixels; a ValueError unless tokens tile it."""
-        step, (rows, columns) = self.tokenizer.downsample, self.transformer.grid
-        sizes = {"height": rows * step if height is None else height, "width": columns * step if width is None else width}
-        for name, value in sizes.items():
-            self.check_number(name, value, low=step, integer=True)
-            if value % step:
-                raise ValueError(f"`{name}` must be a multiple of {step}, the pixels of a token, got {value}.")
-        grid = (sizes["height"] // step, sizes["width"] // step)
-        if grid != self.transformer.grid:
-            logger.warning(
-                "this checkpoint was trained on %dx%d tokens; %dx%d is out of its training", rows, columns, *grid
-            )
+        own = self.transformer.grid
+        grid = grid_of_size(height, width, own, self.tokenizer.downsample)
+        if grid != own:
+            logger.warning("this checkpoint was trained on %dx%d tokens; %dx%d is out of its training", *own, *grid)
         return grid
 
     def check_settings(self, **given: Any) -> dict[str, Any]:
-        """The settings of a call: the given ones, else the checkpoint's; out-of-range values are a ValueError."""
-        settings = {name: self.setting(name, value) for name, value in given.items()}
-        for name in ("guidance_scale", "temperature"):
-            self.check_number(name, settings[name], low=0.0)
-        self.check_number("guidance_power", settings["guidance_power"], low=1e-6)
-        self.check_number("top_k", settings["top_k"], low=0, integer=True)
-        self.check_number("num_inference_steps", settings["num_inference_steps"], low=1, integer=True)
+        settings = super().check_settings(**given)
         schedules = MASKED_SCHEDULES if self.is_masked else AUTOREGRESSIVE_SCHEDULES
         loading.check_choice(settings["guidance_schedule"], sorted(schedules), "`guidance_schedule`")
-        if not isinstance(settings["do_sample"], bool):
-            raise TypeError(f"`do_sample` must be True or False, got {settings['do_sample']!r}.")
-        for name in ("top_k", "num_inference_steps"):
-            settings[name] = int(settings[name])  # numpy integers are welcome
         return settings
 
     def guidance(self, settings: dict[str, Any]) -> Guidance:
@@ -320,30 +306,25 @@ class ELMPipeline(ARPipeline):
         self, latents: torch.Tensor | None, batch: int, grid: tuple[int, int], device: torch.device
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """The ids to keep and where [B, N]: `latents` (for one image or for all) with -1 at open places."""
-        if latents is None:
-            return None, None
         shape = (grid[0] * grid[1], *self.transformer.code_shape)
-        if not isinstance(latents, torch.Tensor) or latents.dtype != torch.int64:
-            raise TypeError("`latents` must be an int64 tensor of ids, -1 where they are to be generated.")
-        if latents.dim() != len(shape) + 1 or latents.shape[0] not in (1, batch) or tuple(latents.shape[1:]) != shape:
-            raise ValueError(f"`latents` must be {[batch, *shape]} for this call, got {list(latents.shape)}.")
-        if int(latents.min()) < -1 or int(latents.max()) >= self.transformer.vocab_size:
-            raise ValueError(f"`latents` must lie between -1 (open) and {self.transformer.vocab_size - 1}.")
-        latents = latents.to(device).expand(batch, *shape)
-        known = (latents >= 0).view(batch, shape[0], -1)
+        ids, known = known_ids(latents, batch, shape, self.transformer.vocab_size, device)
+        if ids is None or known is None:
+            return None, None
+        known = known.view(batch, shape[0], -1)
         if bool((known.any(-1) != known.all(-1)).any()):
             raise ValueError("`latents` must give all sub-codes of a position or none of them.")
-        return latents.clamp(min=0), known.all(-1)
+        return ids, known.all(-1)
 
     def check_noise(self, noise: torch.Tensor | None, batch: int, grid: tuple[int, int]) -> None:
         """Raises ValueError unless recorded `noise` fits the call."""
         tokens, codes = grid[0] * grid[1], self.transformer.vocab_size
-        expected: tuple[int, ...] = (batch, tokens, *self.transformer.code_shape, codes)
         if self.is_masked:
-            expected = (batch, self._num_timesteps, tokens * self.transformer.sub_codes * (codes + 1))
-        if noise is not None and (not isinstance(noise, torch.Tensor) or tuple(noise.shape) != expected):
-            shape = tuple(noise.shape) if isinstance(noise, torch.Tensor) else type(noise).__name__
-            raise ValueError(f"`noise` must be a tensor {list(expected)} for this call, got {shape}.")
+            values = tokens * self.transformer.sub_codes * (codes + 1)
+            check_noise(noise, (batch, self._num_timesteps, values), "batch, steps, values")
+        else:
+            check_noise(
+                noise, (batch, tokens, *self.transformer.code_shape, codes), "batch, tokens, (sub-codes,) vocabulary"
+            )
 
 
 def crossfade(first: torch.Tensor, second: torch.Tensor, overlap: int, dim: int) -> torch.Tensor:

@@ -102,11 +102,7 @@ class FlowPipeline(ContinuousPipeline):
         return self.make_output(codes, output_type, return_dict=return_dict, output_codes=output_codes)
 
     def check_settings(self, **given: Any) -> dict[str, Any]:
-        """The settings of a call: the given ones, else the checkpoint's; out-of-range values are a ValueError."""
-        settings = {name: self.setting(name, value) for name, value in given.items()}
-        self.check_number("guidance_scale", settings["guidance_scale"], low=0.0)
-        self.check_number("guidance_high", settings["guidance_high"], low=0.0, high=1.0)
+        settings = super().check_settings(**given)
         loading.check_choice(settings["guidance_schedule"], sorted(SCHEDULES), "`guidance_schedule`")
         self.check_number("num_flow_steps", settings["num_flow_steps"], low=self.min_flow_steps, integer=True)
-        settings["num_flow_steps"] = int(settings["num_flow_steps"])  # numpy integers are welcome
         return settings

@@ -208,15 +208,8 @@ class HiMARPipeline(ContinuousPipeline):
         return HiMARPipelineOutput(images, codes if output_codes else None, pivots)
 
     def check_settings(self, **given: Any) -> dict[str, Any]:
-        """The settings of a call: the given ones, else the checkpoint's; out-of-range values are a ValueError."""
-        settings = {name: self.setting(name, value) for name, value in given.items()}
-        for name in ("guidance_scale", "pivot_guidance_scale", "temperature"):
-            self.check_number(name, settings[name], low=0.0)
+        settings = super().check_settings(**given)
         check_choice(settings["guidance_schedule"], sorted(SCHEDULES), "`guidance_schedule`")
-        for name in ("num_inference_steps", "num_pivot_steps"):
-            if settings[name] is not None or name == "num_inference_steps":
-                self.check_number(name, settings[name], low=1, integer=True)
-                settings[name] = int(settings[name])
         for name in ("head_steps", "pivot_head_steps"):
             self.decoding.picture_decoding.solver.tables(settings[name])  # says what is wrong with it
         return settings

@@ -29,17 +29,23 @@ def pictures(image: Any, name: str = "image") -> list[PIL.Image.Image]:
             raise ValueError(f"`{name}` is an empty list: give at least one image.")
         return [picture for item in image for picture in pictures(item, name)]
     if isinstance(image, PIL.Image.Image):
-        if image.width * image.height > MAX_PIXELS:
-            raise ValueError(
-                f"`{name}` has {image.width} x {image.height} pixels, at most {MAX_PIXELS} are read: make it smaller first."
-            )
-        try:
-            return [image.convert("RGB")]
-        except (OSError, SyntaxError) as error:
-            raise ValueError(f"`{name}` is a damaged picture ({error}).") from error
+        return [loaded(image, name).convert("RGB")]
     if isinstance(image, (np.ndarray, torch.Tensor)):
         return [PIL.Image.fromarray(item) for item in _as_uint8(image, name)]
     raise TypeError(f"`{name}` must be a PIL image, an array, a tensor or a list of them, got {type(image).__name__}.")
+
+
+def loaded(image: PIL.Image.Image, name: str = "image") -> PIL.Image.Image:
+    """`image` with its pixels in memory; a ValueError where it is huge or damaged."""
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(
+            f"`{name}` has {image.width} x {image.height} pixels, at most {MAX_PIXELS} are read: make it smaller first."
+        )
+    try:
+        image.load()
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"`{name}` is a damaged picture ({error}).") from error
+    return image
 
 
 def images_to_pixels(image: Any, size: tuple[int, int], name: str = "image") -> torch.Tensor:

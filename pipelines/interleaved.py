@@ -59,6 +59,7 @@ class InterleavedPipeline(InterleavedBase):
         )
         wake(model)
         ids, mask = self.pad(prompts)
+        room = self.check_room(ids)
         real = torch.ones_like(ids) if mask is None else mask.long()
         index = (real.cumsum(1) - 1).clamp(min=0)
         grammar = Grammar(self.block, model.vocab_size, images=False, banned=[self.block.begin, self.block.end])
@@ -66,7 +67,7 @@ class InterleavedPipeline(InterleavedBase):
             model,
             Condition(model.embed(ids), mask, index),
             stop_ids=self.stop_ids,
-            max_tokens=min(max_new_tokens, model.max_positions - ids.shape[1]),
+            max_tokens=min(max_new_tokens, room),
             sampler=sampler,
             noise=generator,
             allowed=grammar.table[0].to(ids.device),
@@ -104,7 +105,8 @@ class InterleavedPipeline(InterleavedBase):
             max_new_tokens (`int`, *optional*, defaults to 512): longest answer.
             temperature, text_top_k, text_top_p (*optional*): of the draw of words; where the family has them.
             cautious (`bool`, *optional*, defaults to `False`): cautious next-token sampling, see `armm.CautiousSampler`; slower.
-            generator, return_dict, callback_on_step_end, callback_on_step_end_tensor_inputs: as in a call.
+            generator, return_dict, callback_on_step_end, callback_on_step_end_tensor_inputs: as in a call; there are no callbacks with
+                `cautious`.
 
         Returns:
             [`ARTextOutput`] or `tuple`: one text for each image.
@@ -123,11 +125,20 @@ class InterleavedPipeline(InterleavedBase):
             self.describe_prompt(self.encode_image(item), text) for item, text in zip(pictures, questions, strict=True)
         ]
         watch: dict[str, Any] = {}
+        if cautious and callback_on_step_end is not None:
+            raise ValueError(
+                "`callback_on_step_end` does not go with `cautious`, which looks ahead before it says a token."
+            )
         if not cautious:
             watch = {"callback": callback_on_step_end, "callback_names": callback_on_step_end_tensor_inputs}
         texts = self.write_texts(prompts, settings, max_new_tokens, cautious=cautious, generator=generator, **watch)
         self.maybe_free_model_hooks()
         return ARTextOutput(texts=texts) if return_dict else (texts,)
+
+    def ask(self, image: Any, question: Any = None, **options: Any) -> ARTextOutput:
+        """`describe`, by the name that all pipelines share that read; several questions may be about one image."""
+        several = isinstance(question, (list, tuple)) and not isinstance(image, (list, tuple))
+        return self.describe([image] * len(question) if several else image, question, **options)  # type: ignore[return-value]
 
     def text_settings(self, temperature: float | None, top_k: int | None, top_p: float | None) -> dict[str, Any]:
         """The settings of this family that `temperature`, `text_top_k` and `text_top_p` stand for."""

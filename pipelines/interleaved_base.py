@@ -20,10 +20,12 @@ from armm.model import AutoregressiveModel
 from tokenizers_visual.codes import Codes
 from tokenizers_visual.vq_tokenizer import VQTokenizer
 
+from .arguments import text_list
 from .base import ARPipeline
 from .bpe import BPETokenizer
 from .conversation import conversation, encode_text, picture
 from .crops import on_white, to_pixels
+from .outputs import ARPipelineOutput
 
 __all__ = ["DiffusionPipeline", "InterleavedBase"]
 
@@ -157,16 +159,7 @@ class InterleavedBase(ARPipeline):
 
     def check_settings(self, **values: Any) -> dict[str, Any]:
         """The settings of a call: values that are None come from the checkpoint. Raises ValueError or TypeError."""
-        settings = {**self.generation_config, **{name: value for name, value in values.items() if value is not None}}
-        for name, value in settings.items():
-            if name.endswith("guidance_scale"):
-                self.check_number(name, value, low=0)
-            elif name.endswith(("top_k", "max_new_tokens", "image_size")):
-                self.check_number(name, value, low=0, integer=True)
-            elif name.endswith("top_p"):
-                self.check_number(name, value, low=0, high=1)
-            elif name.endswith("temperature"):
-                self.check_number(name, value, low=0)
+        settings = super().check_settings(**{**dict.fromkeys(self.generation_settings), **values})
         return settings
 
     def pad(self, prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -179,6 +172,15 @@ class InterleavedBase(ARPipeline):
             return ids, None
         real = torch.tensor([length - len(prompt) for prompt in prompts], device=device)
         return ids, torch.arange(length, device=device) >= real[:, None]
+
+    def check_room(self, ids: torch.Tensor) -> int:
+        """How many tokens fit behind prompts [B, T]; a ValueError where none does."""
+        room = self.transformer.max_positions - ids.shape[1]
+        if room < 1:
+            raise ValueError(
+                f"a prompt of {ids.shape[1]} tokens is too long: the model has {self.transformer.max_positions} positions."
+            )
+        return room
 
     def continue_prompts(
         self,
@@ -203,12 +205,7 @@ class InterleavedBase(ARPipeline):
         ids, mask = self.pad(prompts)
         text, image = self.samplers(settings)
         guidance = self.guidance_of(settings)
-        room = self.transformer.max_positions - ids.shape[1]
-        if room < 1:
-            raise ValueError(
-                f"a prompt of {ids.shape[1]} tokens is too long: the model has {self.transformer.max_positions} positions."
-            )
-        max_tokens = min(max_tokens, room)
+        max_tokens = min(max_tokens, self.check_room(ids))
         self._num_timesteps = max_tokens
         banned = [] if images else [self.block.begin, self.block.end]
         with self.progress_bar(total=max_tokens) as bar:
@@ -263,7 +260,26 @@ class InterleavedBase(ARPipeline):
                     "`prompt_ids` must be a non-empty list of ids, a list of such lists, or a tensor [B, T]."
                 )
             return [list(row) for row in rows]
-        prompts = [prompt] if isinstance(prompt, str) else prompt
-        if not isinstance(prompts, (list, tuple)) or not prompts or not all(isinstance(text, str) for text in prompts):
-            raise TypeError(f"`prompt` must be a string or a non-empty list of strings, got {prompt!r}.")
-        return list(prompts)
+        return text_list(prompt, "prompt")
+
+    def generate(
+        self,
+        rows: Sequence[Sequence[int]],
+        grid: tuple[int, int],
+        settings: Mapping[str, Any],
+        *,
+        num_images_per_prompt: int,
+        output_type: str,
+        return_dict: bool,
+        output_codes: bool,
+        **options: Any,
+    ) -> ARPipelineOutput | tuple:
+        """What a call that draws returns: images of `grid` behind prompts as ids.
+
+        Args:
+            settings: checked ones.
+            options: of `draw`.
+        """
+        self._guidance_scale = settings["guidance_scale"]
+        codes = self.draw([row for row in rows for _ in range(num_images_per_prompt)], grid, settings, **options)
+        return self.make_output(codes, output_type, return_dict=return_dict, output_codes=output_codes)

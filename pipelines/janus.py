@@ -12,13 +12,13 @@ from diffusers.utils.doc_utils import replace_example_docstring
 from armm.condition import Condition
 from armm.decoding.guidance import Guidance
 from armm.decoding.next_token import NextTokenDecoding
-from armm.decoding.sampling import Sampler
 from armm.multimodal_model import MultimodalModel
 from tokenizers_visual.codes import Codes
 from tokenizers_visual.vision_encoder import VisionEncoder
 from tokenizers_visual.vq_tokenizer import VQTokenizer
 
 from . import loading
+from .arguments import check_noise, grid_of_size, text_list
 from .chat import TEMPLATES
 from .janus_reading import SPECIAL_TOKENS, JanusReading, id_rows
 from .outputs import ARPipelineOutput
@@ -159,17 +159,16 @@ class JanusPipeline(JanusReading):
         self.check_callback_inputs(callback_on_step_end_tensor_inputs)
         self.check_number("num_images_per_prompt", num_images_per_prompt, low=1, integer=True)
         grid = self.grid_of(height, width)
-        scale = self.setting("guidance_scale", guidance_scale)
-        self.check_number("guidance_scale", scale, low=0.0)
-        sampler = self.check_sampling(temperature, top_k, top_p, do_sample)
+        scale, sampler = self.check_sampling(
+            guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p, do_sample=do_sample
+        )
         rows = self.drawing_rows(prompt, prompt_ids)
         batch = len(rows) * num_images_per_prompt
         self.check_generator(generator, batch)
         expected = (batch, grid[0] * grid[1], self.transformer.num_codes)
-        if noise is not None and (not isinstance(noise, torch.Tensor) or tuple(noise.shape) != expected):
-            raise ValueError(f"`noise` must be a tensor {list(expected)} [batch, tokens, codes].")
+        check_noise(noise, expected, "batch, tokens, codes")
 
-        self._guidance_scale, self._interrupt = float(scale), False
+        self._guidance_scale, self._interrupt = scale, False
         guidance = Guidance(self._guidance_scale)
         condition, null = self.drawing_conditions(rows)
         self._num_timesteps = self.decoding.num_calls(grid)
@@ -192,26 +191,7 @@ class JanusPipeline(JanusReading):
 
     def grid_of(self, height: int | None, width: int | None) -> tuple[int, int]:
         """The codes of an image of `height` x `width` pixels, by default the checkpoint's own."""
-        step, own = self.tokenizer.downsample, self.transformer.grid
-        sizes = []
-        for name, value, tokens in zip(("height", "width"), (height, width), own, strict=True):
-            value = tokens * step if value is None else value
-            self.check_number(name, value, low=step, integer=True)
-            if value % step:
-                raise ValueError(f"`{name}` must be a multiple of {step}, the pixels of a code, got {value}.")
-            sizes.append(value // step)
-        return sizes[0], sizes[1]
-
-    def check_sampling(self, temperature: Any, top_k: Any, top_p: Any, do_sample: Any) -> Sampler:
-        """The sampler of an image, with this checkpoint's settings where an argument is None."""
-        sampler = self.check_text_sampling(
-            self.setting("temperature", temperature), self.setting("top_k", top_k), self.setting("top_p", top_p)
-        )
-        do_sample = self.setting("do_sample", do_sample)
-        if not isinstance(do_sample, bool):
-            raise TypeError(f"`do_sample` must be True or False, got {do_sample!r}.")
-        sampler.do_sample = sampler.do_sample and do_sample
-        return sampler
+        return grid_of_size(height, width, self.transformer.grid, self.tokenizer.downsample, "code")
 
     def drawing_rows(self, prompt: Any, prompt_ids: Any) -> list[list[int]]:
         """Ids of what images are drawn after, each up to begin-of-image."""
@@ -219,9 +199,7 @@ class JanusPipeline(JanusReading):
             raise ValueError("give either `prompt` or `prompt_ids`.")
         if prompt_ids is not None:
             return [self.check_row(row) for row in id_rows(prompt_ids)]
-        prompts = [prompt] if isinstance(prompt, str) else prompt
-        if not isinstance(prompts, (list, tuple)) or not prompts or not all(isinstance(text, str) for text in prompts):
-            raise TypeError(f"`prompt` must be a string or a non-empty list of strings, got {prompt!r}.")
+        prompts = text_list(prompt, "prompt")
         if not all(text.strip() for text in prompts):
             raise ValueError("`prompt` is empty: say what to draw.")
         turns = [[{"role": "user", "content": text}, {"role": "assistant", "content": ""}] for text in prompts]

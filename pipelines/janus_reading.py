@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import PIL.Image
@@ -201,48 +202,20 @@ class JanusReading(UnderstandingPipeline):
         Returns:
             [`ARTextOutput`] or `tuple`: one text for each question.
         """
-        sampler = self.check_text_sampling(temperature, top_k, top_p)
-        self.check_callback_inputs(callback_on_step_end_tensor_inputs)
-        self.check_search(search, temperature)
-        readings = self.readings(image, question, messages=messages, prompt_ids=prompt_ids, system_prompt=system_prompt)
-        self.check_generator(generator, len(readings))
-
-        def step_end(step: int, ids: torch.Tensor) -> torch.Tensor | None:
-            replaced = self.step_end(callback_on_step_end, callback_on_step_end_tensor_inputs, step, {"latents": ids})
-            return replaced.get("latents")
-
-        written, cost = self.write(
-            readings,
+        return self.answer(
+            partial(
+                self.readings, image, question, messages=messages, prompt_ids=prompt_ids, system_prompt=system_prompt
+            ),
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
             search=search,
-            max_new_tokens=self.text_length(readings, max_new_tokens),
-            sampler=sampler,
             generator=generator,
-            callback=None if callback_on_step_end is None else step_end,
+            return_dict=return_dict,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
         )
-        texts = [self.decode_words(ids).strip() for ids in written]
-        self.maybe_free_model_hooks()
-        return ARTextOutput(texts=texts, cost=cost) if return_dict else (texts,)
-
-    def ask(self, image: Any, question: Any = None, **options: Any) -> ARTextOutput:
-        """`chat`, by the name that all pipelines share that read; without a question the image is described."""
-        return self.chat(image, question or "Describe the picture.", **options)  # type: ignore[return-value]
-
-    def stream_chat(
-        self, image: Any = None, question: str | None = None, *, max_new_tokens: int | None = None, **options: Any
-    ) -> Iterator[str]:
-        """The answer to one question, piece by piece as it is written; arguments as of `chat`, sampling as of `stream`."""
-        names = ("messages", "prompt_ids", "system_prompt")
-        asked = {name: options.pop(name) for name in names if name in options}
-        with torch.no_grad():
-            readings = self.readings(image, question, **asked)
-        if len(readings) != 1:
-            raise ValueError(f"one conversation is streamed at a time, got {len(readings)}.")
-        return self.stream(readings[0], self.text_length(readings, max_new_tokens), **options)
-
-    def text_length(self, readings: Sequence[Reading], max_new_tokens: int | None) -> int:
-        """`max_new_tokens`, or the checkpoint's setting where it fits."""
-        room = min(reading.limit for reading in readings)
-        return min(self.generation_config["max_new_tokens"], room) if max_new_tokens is None else max_new_tokens
 
 
 def id_rows(ids: Any) -> list[list[int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,6 +22,7 @@ from tokenizers_visual.lavit import LaVITTokenizer
 from tokenizers_visual.lavit_decoder import LaVITDecoder
 from tokenizers_visual.semantic import ImageCondition
 
+from .arguments import text_list
 from .bpe import BPETokenizer
 from .conversation import picture
 from .crops import on_white, to_pixels
@@ -141,14 +143,12 @@ class LaVITPipeline(PaintingPipeline, UnderstandingPipeline):
         if (texts is None) == (ids is None):
             raise ValueError(f"give either `{name}` or `prompt_ids`.")
         if ids is not None:
-            rows = ids.tolist() if isinstance(ids, torch.Tensor) else [list(row) for row in ids]
+            rows = ids.tolist() if isinstance(ids, torch.Tensor) else list(ids)
+            rows = [list(row) for row in ([rows] if rows and isinstance(rows[0], int) else rows)]
             if not rows or not all(0 <= value < self.begin_image for row in rows for value in row):
                 raise ValueError(f"`prompt_ids` must be lists of ids of words, 0 .. {self.begin_image - 1}.")
             return rows
-        listed = [texts] if isinstance(texts, str) else texts
-        if not isinstance(listed, (list, tuple)) or not listed or not all(isinstance(text, str) for text in listed):
-            raise TypeError(f"`{name}` must be a string or a non-empty list of strings, got {texts!r}.")
-        return [self.words().encode(text) if text else [] for text in listed]
+        return [self.words().encode(text) if text else [] for text in text_list(texts, name)]
 
     # ------------------------------------------------------------------ images
 
@@ -224,6 +224,7 @@ class LaVITPipeline(PaintingPipeline, UnderstandingPipeline):
         if not images or len(rows) != len(images):
             raise ValueError(f"`question` holds {len(rows)} questions for {len(images)} images: give one for each.")
         sample = self.setting("sample_tokens", sample_tokens)
+        self.check_generator(generator, len(images))
         generators = generator if isinstance(generator, (list, tuple)) else [generator] * len(images)
         model, device, readings = self.transformer, self._execution_device, []
         for item, words, source in zip(images, rows, generators, strict=True):
@@ -271,18 +272,18 @@ class LaVITPipeline(PaintingPipeline, UnderstandingPipeline):
         Returns:
             [`ARTextOutput`] or `tuple`: one text for each image.
         """
-        sampler = self.check_text_sampling(temperature, top_k, top_p)
-        self.check_search(search, temperature)
-        readings = self.readings(
-            image, question, prompt_ids=prompt_ids, sample_tokens=sample_tokens, generator=generator
+        return self.answer(
+            partial(
+                self.readings, image, question, prompt_ids=prompt_ids, sample_tokens=sample_tokens, generator=generator
+            ),
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            search=search,
+            generator=generator,
+            return_dict=return_dict,
         )
-        self.check_generator(generator, len(readings))
-        room = min(reading.limit for reading in readings)
-        length = min(self.generation_config["max_new_tokens"], room) if max_new_tokens is None else max_new_tokens
-        written, cost = self.write(readings, max_new_tokens=length, sampler=sampler, search=search, generator=generator)
-        texts = [self.decode_words(ids).strip() for ids in written]
-        self.maybe_free_model_hooks()
-        return ARTextOutput(texts=texts, cost=cost) if return_dict else (texts,)
 
     def ask(self, image: Any, question: Any = None, **options: Any) -> ARTextOutput:
         """`describe`, by the name that all pipelines share that read."""
@@ -322,7 +323,7 @@ class LaVITPipeline(PaintingPipeline, UnderstandingPipeline):
             num_images_per_prompt (`int`, *optional*, defaults to 1): images of each prompt, next to each other.
             generator (`torch.Generator` or `list`, *optional*): one for the call, or one for each image; also of the painting.
             noise (*optional*): recorded noise in place of the generator, see `armm.NoiseSource`.
-            prompt_ids (`list` or `torch.Tensor`, *optional*): ids of words, a list for each image, in place of `prompt`.
+            prompt_ids (`list` or `torch.Tensor`, *optional*): ids of words, a list or a list for each image, in place of `prompt`.
             output_type (`str`, *optional*, defaults to `"pil"`): `"pil"`, `"np"` or `"pt"` through the image decoder, or `"latent"`
                 (codes [B, N]; ask for the codes too to know how many of them are real).
             return_dict (`bool`, *optional*, defaults to `True`): return an `ARPipelineOutput` rather than a tuple.
@@ -338,11 +339,7 @@ class LaVITPipeline(PaintingPipeline, UnderstandingPipeline):
         self.check_output_type(output_type)
         self.check_callback_inputs(callback_on_step_end_tensor_inputs)
         self.check_number("num_images_per_prompt", num_images_per_prompt, low=1, integer=True)
-        scale = self.setting("guidance_scale", guidance_scale)
-        self.check_number("guidance_scale", scale, low=0)
-        sampler = self.check_text_sampling(
-            self.setting("temperature", temperature), self.setting("top_k", top_k), self.setting("top_p", top_p)
-        )
+        scale, sampler = self.check_sampling(guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p)
         most = self.setting("max_image_tokens", max_image_tokens)
         self.check_number("max_image_tokens", most, low=1, high=self.tokenizer.max_tokens, integer=True)
         fewest = self.setting("min_image_tokens", min_image_tokens)

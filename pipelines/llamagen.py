@@ -23,6 +23,7 @@ from armm.model import AutoregressiveModel
 from tokenizers_visual.codes import Codes
 from tokenizers_visual.vq_tokenizer import VQTokenizer
 
+from .arguments import check_noise, grid_of_size, known_ids, text_list
 from .imagenet import class_indices
 from .outputs import ARPipelineOutput
 from .t5 import T5PromptPipeline
@@ -119,28 +120,15 @@ class LlamaGenPipeline(T5PromptPipeline):
                 f"{', '.join(f'`{name}`' for name in given) or 'neither'}."
             )
         if prompt is not None:
-            prompts = [prompt] if isinstance(prompt, str) else prompt
-            if (
-                not isinstance(prompts, (list, tuple))
-                or not prompts
-                or not all(isinstance(text, str) for text in prompts)
-            ):
-                raise TypeError(f"`prompt` must be a string or a non-empty list of strings, got {prompt!r}.")
+            text_list(prompt, "prompt")
         if prompt_embeds is None and prompt_attention_mask is not None:
             raise ValueError("`prompt_attention_mask` belongs to `prompt_embeds`: give both or neither.")
         self.check_number("num_images_per_prompt", num_images_per_prompt, low=1, integer=True)
 
     def grid_of(self, height: int | None, width: int | None) -> tuple[int, ...]:
         """The tokens of an image of `height` x `width` pixels, by default the checkpoint's own."""
-        step, own = self.tokenizer.downsample, self.transformer.grid
-        sizes = []
-        for name, value, tokens in zip(("height", "width"), (height, width), own, strict=True):
-            value = tokens * step if value is None else value
-            self.check_number(name, value, low=step, integer=True)
-            if value % step:
-                raise ValueError(f"`{name}` must be a multiple of {step}, the pixels of a token, got {value}.")
-            sizes.append(value // step)
-        grid = tuple(sizes)
+        own = self.transformer.grid
+        grid: tuple[int, ...] = grid_of_size(height, width, own, self.tokenizer.downsample)
         if grid != own:
             logger.warning("this checkpoint was trained on %dx%d tokens; %dx%d is out of its training", *own, *grid)
         return grid
@@ -279,40 +267,12 @@ class LlamaGenPipeline(T5PromptPipeline):
         self, latents: torch.Tensor | None, batch: int, grid: tuple[int, ...], device: torch.device
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """The ids to keep and where: `latents` [B, N] (or [1, N]) with -1 at open places."""
-        if latents is None:
-            return None, None
-        tokens = math.prod(grid)
-        if not isinstance(latents, torch.Tensor) or latents.dtype != torch.int64 or latents.dim() != 2:
-            raise TypeError(
-                "`latents` must be an int64 tensor of token ids [batch, tokens], -1 where tokens are to be generated."
-            )
-        if latents.shape[0] not in (1, batch) or latents.shape[1] != tokens:
-            raise ValueError(f"`latents` must be [{batch}, {tokens}] for this call, got {list(latents.shape)}.")
-        if int(latents.min()) < -1 or int(latents.max()) >= self.transformer.vocab_size:
-            raise ValueError(f"`latents` must lie between -1 (open) and {self.transformer.vocab_size - 1}.")
-        latents = latents.to(device).expand(batch, -1)
-        return latents.clamp(min=0), latents >= 0
+        return known_ids(latents, batch, [math.prod(grid)], self.transformer.vocab_size, device)
 
     def check_noise(self, noise: torch.Tensor | None, batch: int, grid: tuple[int, ...]) -> None:
         """Raises ValueError unless recorded `noise` fits the call."""
         expected = (batch, math.prod(grid), self.transformer.vocab_size)
-        if noise is not None and (not isinstance(noise, torch.Tensor) or tuple(noise.shape) != expected):
-            shape = tuple(noise.shape) if isinstance(noise, torch.Tensor) else type(noise).__name__
-            raise ValueError(f"`noise` must be a tensor {list(expected)} [batch, tokens, vocabulary], got {shape}.")
-
-    def check_settings(self, **given: Any) -> dict[str, Any]:
-        """The settings of a call: the given ones, else the checkpoint's; out-of-range values are a ValueError."""
-        settings = {name: self.setting(name, value) for name, value in given.items()}
-        self.check_number("guidance_scale", settings["guidance_scale"], low=0.0)
-        self.check_number("guidance_interval", settings["guidance_interval"], low=-1, integer=True)
-        self.check_number("temperature", settings["temperature"], low=0.0)
-        self.check_number("top_k", settings["top_k"], low=0, integer=True)
-        self.check_number("top_p", settings["top_p"], low=0.0, high=1.0)
-        if not isinstance(settings["do_sample"], bool):
-            raise TypeError(f"`do_sample` must be True or False, got {settings['do_sample']!r}.")
-        for name in ("guidance_interval", "top_k"):
-            settings[name] = int(settings[name])  # numpy integers are welcome
-        return settings
+        check_noise(noise, expected, "batch, tokens, vocabulary")
 
 
 def _is_text(value: Any) -> bool:

@@ -47,6 +47,16 @@ def check_dtype(dtype: Any) -> None:
             raise TypeError(f"`dtype` must be a torch.dtype such as torch.bfloat16 (or a dict of them), got {value!r}.")
 
 
+def rename_dtype(kwargs: dict[str, Any]) -> None:
+    """Takes `torch_dtype`, the old name, out of `kwargs`, and checks `dtype`; two that differ are a ValueError."""
+    old = kwargs.pop("torch_dtype", None)
+    if old is not None and kwargs.get("dtype") not in (None, old):
+        raise ValueError(f"`dtype` ({kwargs['dtype']}) and its old name `torch_dtype` ({old}) disagree: give one.")
+    if old is not None:
+        kwargs["dtype"] = old
+    check_dtype(kwargs.get("dtype"))
+
+
 # ---------------------------------------------------------------------- reading
 
 
@@ -116,6 +126,11 @@ def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
     return []
 
 
+def variants(folder: Path) -> set[str]:
+    """The variants of the weights in a component folder, `""` for those without one."""
+    return {name for path in folder.iterdir() if (name := _variant(path)) is not None} if folder.is_dir() else set()
+
+
 def safetensors_keys(path: Path) -> set[str]:
     """The tensor names in a safetensors file; a truncated or damaged file is a ValueError."""
     try:
@@ -161,9 +176,21 @@ def check_component_files(folder: Path, index: dict[str, Any], *, skip: set[str]
             raise ValueError(f"{folder} lacks the folder {name!r} that its {INDEX_NAME} names.")
     for name in _our_models(index, skip):
         files = weight_files(folder / name, variant)
-        if not files and not variant:
-            raise ValueError(f"{folder / name} holds no weights: expected diffusion_pytorch_model.safetensors.")
+        if not files:
+            others = sorted(variants(folder / name))
+            raise ValueError(
+                f"{folder / name} holds no weights"
+                + (f" but those of a variant: pass variant={others[0]!r}" if others else "")
+                + ": expected diffusion_pytorch_model.safetensors."
+            )
         _stored_keys([path for path in files if path.suffix == ".safetensors"])
+
+
+def check_variant(folder: Path, variant: str | None) -> None:
+    """Raises ValueError unless `variant` is None or some file of a pipeline directory is of it; other components have no variants."""
+    if variant is not None and not any(f".{variant}." in path.name for path in folder.rglob("*")):
+        found = sorted({name for path in folder.rglob("*") if (name := _variant(path))})
+        raise ValueError(f"{folder} has no variant {variant!r}; it has {', '.join(map(repr, found)) or 'none'}.")
 
 
 def check_loaded_weights(
@@ -230,7 +257,7 @@ def _umask() -> int:
 def _variant(path: Path) -> str | None:
     """The variant (`""` for none) of a weight file or a shard index, None for other files."""
     match = _WEIGHTS.fullmatch(path.name)
-    return None if match is None else match["variant"] or match["of_index"] or ""
+    return None if match is None else (match["variant"] or match["of_index"] or "").removeprefix(".")
 
 
 def _merge(source: Path, destination: Path) -> None:

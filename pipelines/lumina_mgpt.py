@@ -124,19 +124,21 @@ class LuminaMGPTPipeline(InterleavedPipeline):
         self.check_number("num_images_per_prompt", num_images_per_prompt, low=1, integer=True)
         grid = self.grid_of(height, width)
         settings = self.check_settings(guidance_scale=guidance_scale, temperature=temperature, image_top_k=image_top_k)
-        self._guidance_scale = settings["guidance_scale"]
         pixels = [side * self.tokenizer.downsample for side in grid]
         rows = [
             self.encode_prompt(item, pixels[0], pixels[1]) if isinstance(item, str) else item
             for item in self.check_prompts(prompt, prompt_ids)
         ]
-        codes = self.draw(
-            [row for row in rows for _ in range(num_images_per_prompt)],
+        return self.generate(
+            rows,
             grid,
             settings,
+            num_images_per_prompt=num_images_per_prompt,
+            output_type=output_type,
+            return_dict=return_dict,
+            output_codes=output_codes,
             generator=generator,
             noise=noise,
             callback=callback_on_step_end,
             callback_names=callback_on_step_end_tensor_inputs,
         )
-        return self.make_output(codes, output_type, return_dict=return_dict, output_codes=output_codes)

@@ -42,7 +42,7 @@ class MARTextToImagePipeline(CaptionedPipeline, MaskedLatentPipeline):
         generation_config (`dict`, *optional*): settings of this checkpoint, see `generation_settings`.
     """
 
-    request_name: ClassVar[str] = "prompts"
+    request_name: ClassVar[str] = "prompt"
 
     def __init__(
         self,

@@ -14,6 +14,7 @@ from armm.condition import Condition
 from armm.decoding.guidance import SCHEDULES, Guidance
 from tokenizers_visual.codes import Codes
 
+from .arguments import common_count
 from .continuous import ContinuousPipeline
 from .loading import check_choice
 from .outputs import ARPipelineOutput
@@ -26,7 +27,7 @@ __all__ = ["DiffusionPipeline", "MaskedLatentPipeline"]
 class MaskedLatentPipeline(ContinuousPipeline):
     """Base of pipelines over a `MaskedLatentModel`. Subclasses name the classes of their components, and what stands for a request."""
 
-    request_name: ClassVar[str] = "`class_labels`"
+    request_name: ClassVar[str] = "class_labels"
     generation_settings: ClassVar[dict[str, Any]] = {
         "guidance_scale": 3.0,
         "guidance_schedule": "linear",
@@ -65,11 +66,8 @@ class MaskedLatentPipeline(ContinuousPipeline):
         settings = self.check_settings(**given)
         model = self.transformer
         known = self.known_latents(image, latents, mask_image)
-        count = requests if known is None else max(requests, len(known[0]))
-        if requests not in (1, count) or (known is not None and len(known[0]) not in (1, count)):
-            raise ValueError(
-                f"{requests} {self.request_name} and {len(known[0])} images to edit: give one for all or one for each."
-            )
+        counts = {self.request_name: requests} | ({} if known is None else {"image": len(known[0])})
+        count = common_count(counts)
         rows = (torch.arange(count) % requests).repeat_interleave(num_images_per_prompt)
         batch, steps = len(rows), settings["num_inference_steps"]
         self.check_generator(generator, batch)
@@ -136,21 +134,11 @@ class MaskedLatentPipeline(ContinuousPipeline):
                 f"{list(latents.shape) if isinstance(latents, torch.Tensor) else type(latents).__name__}."
             )
         tokens = model.patchify(latents.to(device).float())
-        count = max(len(tokens), len(redraw))
-        for name, value in (("image", tokens), ("mask_image", redraw)):
-            if len(value) not in (1, count):
-                raise ValueError(
-                    f"`{name}` has {len(value)} entries for {count} images: give one for all or one for each."
-                )
+        count = common_count({"image": len(tokens), "mask_image": len(redraw)})
         return tokens.expand(count, -1, -1), ~redraw.expand(count, -1)
 
     def check_settings(self, **given: Any) -> dict[str, Any]:
-        """The settings of a call: the given ones, else the checkpoint's; out-of-range values are a ValueError."""
-        settings = {name: self.setting(name, value) for name, value in given.items()}
-        self.check_number("guidance_scale", settings["guidance_scale"], low=0.0)
-        self.check_number("temperature", settings["temperature"], low=0.0)
+        settings = super().check_settings(**given)
         check_choice(settings["guidance_schedule"], sorted(SCHEDULES), "`guidance_schedule`")
-        self.check_number("num_inference_steps", settings["num_inference_steps"], low=1, integer=True)
-        settings["num_inference_steps"] = int(settings["num_inference_steps"])  # numpy integers are welcome
         self.decoding.solver.tables(settings["head_steps"])  # says what is wrong with it
         return settings

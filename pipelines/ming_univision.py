@@ -19,6 +19,7 @@ from tokenizers_visual.codes import Codes
 from tokenizers_visual.mingtok import MingTokTokenizer
 
 from . import loading
+from .arguments import grid_of_size, text_list
 from .bpe import BPETokenizer
 from .images import pictures
 from .ming_prompts import SPECIAL_TOKENS, MingPrompt
@@ -254,15 +255,7 @@ class MingUniVisionPipeline(MingReading):
 
     def grid_of(self, height: int | None, width: int | None) -> tuple[int, int]:
         """The tokens of an image of `height` x `width` pixels, by default the checkpoint's own."""
-        step, own = self.tokenizer.downsample, self.transformer.grid
-        sizes = []
-        for name, value, tokens in zip(("height", "width"), (height, width), own, strict=True):
-            value = tokens * step if value is None else value
-            self.check_number(name, value, low=step, integer=True)
-            if value % step:
-                raise ValueError(f"`{name}` must be a multiple of {step}, the pixels of a token, got {value}.")
-            sizes.append(value // step)
-        return sizes[0], sizes[1]
+        return grid_of_size(height, width, self.transformer.grid, self.tokenizer.downsample)
 
     def check_settings(
         self,
@@ -272,17 +265,12 @@ class MingUniVisionPipeline(MingReading):
         temperature: Any = None,
     ) -> dict[str, Any]:
         """The settings of drawing, with this checkpoint's where an argument is None."""
-        settings = {
-            "guidance_scale": self.setting("guidance_scale", guidance_scale),
-            "image_guidance_scale": self.setting("image_guidance_scale", image_guidance_scale),
-            "num_inference_steps": self.setting("num_inference_steps", num_inference_steps),
-            "temperature": self.setting("temperature", temperature),
-        }
-        self.check_number("guidance_scale", settings["guidance_scale"], low=0.0)
-        self.check_number("image_guidance_scale", settings["image_guidance_scale"], low=0.0)
-        self.check_number("num_inference_steps", settings["num_inference_steps"], low=1, integer=True)
-        self.check_number("temperature", settings["temperature"], low=0.0)
-        return settings
+        return super().check_settings(
+            guidance_scale=guidance_scale,
+            image_guidance_scale=image_guidance_scale,
+            num_inference_steps=num_inference_steps,
+            temperature=temperature,
+        )
 
     def drawing_prompts(self, prompt: Any, image: Any, messages: Any) -> list[MingPrompt]:
         """What images are drawn after."""
@@ -292,9 +280,7 @@ class MingUniVisionPipeline(MingReading):
             if image is not None:
                 raise ValueError("`messages` hold their images: leave `image` out.")
             return [self.prompt(messages, draw=True)]
-        texts = [prompt] if isinstance(prompt, str) else prompt
-        if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(text, str) for text in texts):
-            raise TypeError(f"`prompt` must be a string or a non-empty list of strings, got {prompt!r}.")
+        texts = text_list(prompt, "prompt")
         if not all(text.strip() for text in texts):
             raise ValueError("`prompt` is empty: say what to draw.")
         shown = [] if image is None else pictures(image)
@@ -338,6 +324,7 @@ class MingUniVisionPipeline(MingReading):
         settings = self.check_settings(guidance_scale, image_guidance_scale, num_inference_steps, temperature)
         self.check_number("max_images", max_images, low=1, integer=True)
         sampler = self.check_text_sampling(text_temperature, 0, 1.0)
+        self.check_generator(generator, 1)
         prompt = self.prompt(messages, draw=True)
         prompt.ids.pop()  # the model begins its images by itself
         self._guidance_scale, self._interrupt = float(settings["guidance_scale"]), False

@@ -65,5 +65,7 @@ class NARPipeline(LlamaGenPipeline):
         own = self.tokenizer.config.sample_size
         for name, value in (("height", height), ("width", width)):
             if value is not None and value != own:
-                raise ValueError(f"`{name}` must be {own} (or None), the size of this checkpoint's videos, got {value}.")
+                raise ValueError(
+                    f"`{name}` must be {own} (or None), the size of this checkpoint's videos, got {value}."
+                )
         return self.transformer.grid

@@ -19,7 +19,7 @@ class ARPipelineOutput(BaseOutput):
 
     Args:
         images: a list of PIL images (`output_type="pil"`), a float32 array [B, H, W, 3] in [0, 1] (`"np"`), a tensor
-            [B, 3, H, W] in [0, 1] (`"pt"`) or the token ids [B, N] themselves (`"latent"`).
+            [B, 3, H, W] in [0, 1] (`"pt"`) or the tokens themselves (`"latent"`): ids [B, N] or latents [B, N, C].
         codes: the visual codes behind the images, when the call asked for them with `output_codes=True`.
     """
 
@@ -46,7 +46,7 @@ class ARInterleavedOutput(BaseOutput):
     """Generated answers of text and images.
 
     Args:
-        contents: for each answer, its texts (`str`) and images (PIL) in order.
+        contents: for each answer, its texts (`str`) and images (PIL) in order; where SEED-LLaMA has no image decoder, `Codes` for images.
     """
 
     contents: list[list[str | PIL.Image.Image]]

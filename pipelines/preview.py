@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tokenizers_visual import Codes, VisualTokenizer
 
-__all__ = ["appearing", "decode_groups", "image_tokenizer", "known_so_far", "partial_images"]
+__all__ = ["appearing", "decode_groups", "image_tokenizer", "known_so_far", "partial_images", "progress"]
 
 NEUTRAL = (226, 228, 232)
 NEUTRAL_EDGE = (208, 211, 217)
@@ -46,24 +46,40 @@ def known_so_far(latents: Tensor, count: int) -> Tensor:
     return F.pad(latents, (0, count - latents.shape[1]), value=-1)
 
 
+def progress(latents: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """What `callback_on_step_end` is given as `"latents"` -> tokens in raster order, ids [B, N] or latents [B, N, C], and where they
+    are known, bool [B, N]: not where latents are 0."""
+    if latents.ndim == 3:
+        return latents, (latents != 0).any(-1)
+    ids = known_so_far(latents, count)
+    return ids, ids >= 0
+
+
 @torch.no_grad()
-def partial_images(tokenizer: VisualTokenizer, ids: Tensor, grid: Sequence[int], size: int) -> list[PIL.Image.Image]:
-    """One picture for each row of ids, cells without an id drawn neutral.
+def partial_images(
+    tokenizer: VisualTokenizer, tokens: Tensor, grid: Sequence[int], size: int, visible: Tensor | None = None
+) -> list[PIL.Image.Image]:
+    """One picture for each row of tokens, cells that are not known drawn neutral.
 
     Args:
         tokenizer: of one token per cell.
-        ids: int64 [B, N] in raster order, -1 where none is known.
+        tokens: int64 ids [B, N] or latents [B, N, C], in raster order.
         grid: (height, width) in cells.
         size: shorter side of the pictures in pixels.
+        visible: bool [B, N], which cells are known; None is all whose id is not negative.
     """
     rows, columns = grid
-    cells = torch.arange(ids.shape[1], device=ids.device)
+    cells = torch.arange(tokens.shape[1], device=tokens.device)
     corners = torch.stack([cells // columns, cells % columns], dim=1).float()
-    visible = ids >= 0
-    # The decoder wants a code everywhere: cells to come repeat the nearest one and are painted over.
+    visible = tokens >= 0 if visible is None else visible
+    # The decoder wants a token everywhere: cells to come repeat the nearest one and are painted over.
     nearest = torch.cdist(corners, corners).masked_fill(~visible[:, None], float("inf")).argmin(dim=2)
-    filled = ids.gather(1, torch.where(visible, cells, nearest)).clamp(min=0)
-    pixels = tokenizer.decode(Codes(ids=filled, grid=(1, rows, columns))).float().clamp(-1, 1)
+    source = torch.where(visible, cells, nearest)
+    if tokens.ndim == 2:
+        filled = Codes(ids=tokens.gather(1, source).clamp(min=0), grid=(1, rows, columns))
+    else:
+        filled = Codes(latents=tokens.take_along_dim(source[..., None], dim=1), grid=(1, rows, columns))
+    pixels = tokenizer.decode(filled).float().clamp(-1, 1)
     pixels = ((pixels + 1) * 127.5).round().byte().cpu()
     shown = visible.view(-1, rows, columns).cpu()
     return [_paint(image, mask, size) for image, mask in zip(pixels, shown, strict=True)]
@@ -75,7 +91,7 @@ def appearing(pipe: Any, codes: Codes, size: int, max_frames: int = MAX_FRAMES) 
 
     Args:
         pipe: by which they were drawn.
-        codes: `ids` [B, N] on a grid (1, h, w).
+        codes: `ids` [B, N] or `latents` [B, N, C] on a grid (1, h, w).
         size: shorter side of the pictures in pixels.
         max_frames: several calls share a frame where there would be more.
 
@@ -83,17 +99,18 @@ def appearing(pipe: Any, codes: Codes, size: int, max_frames: int = MAX_FRAMES) 
         ValueError: pictures that are not made of one token per cell, or not decoded on a grid.
     """
     tokenizer = image_tokenizer(pipe)
-    ids = codes.ids
-    if ids is None or ids.ndim != 2 or codes.grid is None or codes.grid[0] != 1:
+    tokens, dimensions = codes.tensor, 3 if codes.ids is None else 2
+    if tokens.ndim != dimensions or codes.grid is None or codes.grid[0] != 1:
         raise ValueError("only pictures made of one token per grid cell can be shown token by token")
     grid = codes.grid[1:]
     groups = decode_groups(pipe, grid)
-    number = torch.empty(ids.shape[1], dtype=torch.long, device=ids.device)
+    number = torch.empty(tokens.shape[1], dtype=torch.long, device=tokens.device)
     for index, group in enumerate(groups):
         number[group] = index
     per_frame = -(-len(groups) // max_frames)
     for known in (*range(0, len(groups), per_frame), len(groups)):
-        yield partial_images(tokenizer, ids.masked_fill(number >= known, -1), grid, size)
+        visible = (number < known).expand(tokens.shape[:2])
+        yield partial_images(tokenizer, tokens, grid, size, visible)
 
 
 def _paint(pixels: Tensor, visible: Tensor, size: int) -> PIL.Image.Image:

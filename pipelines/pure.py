@@ -165,5 +165,16 @@ class PUREPipeline(LuminaMGPTPipeline):
                 wanted = torch.from_numpy(np.array(source)).permute(2, 0, 1)[None].to(pixels) / 255
                 pixels = COLOR_FIXES[color_fix](pixels, wanted).clamp(0, 1)
             pictures.append(pixels)
+        sizes = {tuple(pixels.shape[-2:]) for pixels in pictures}
+        if len(sizes) > 1:
+            if output_type != "pil":
+                raise ValueError(
+                    f"the answers have pictures of several sizes, {sorted(sizes)}: ask for output_type='pil'."
+                )
+            return [
+                image
+                for pixels in pictures
+                for image in VaeImageProcessor().postprocess(pixels, "pil", do_denormalize=[False])
+            ]
         stacked = torch.cat(pictures)
         return VaeImageProcessor().postprocess(stacked, output_type=output_type, do_denormalize=[False] * len(stacked))

@@ -21,7 +21,7 @@ from . import loading
 from .bpe import BPETokenizer
 from .conversation import IMAGE, conversation
 from .interleaved import InterleavedPipeline
-from .outputs import ARPipelineOutput, ARTextOutput
+from .outputs import ARPipelineOutput
 from .painting import PaintingPipeline, UnCLIPPainter
 
 __all__ = ["DiffusionPipeline", "SEEDLLaMAPipeline"]
@@ -151,10 +151,12 @@ class SEEDLLaMAPipeline(PaintingPipeline, InterleavedPipeline):
         self._painting_generator = generator if isinstance(generator, torch.Generator) else None
         return super().continue_prompts(*arguments, **options)
 
-    def ask(self, image: Any, question: Any = None, **options: Any) -> ARTextOutput:
-        """`describe`, by the name that all pipelines share that read; several questions may be about one image."""
-        several = isinstance(question, (list, tuple)) and not isinstance(image, (list, tuple))
-        return self.describe([image] * len(question) if several else image, question, **options)  # type: ignore[return-value]
+    def draw(
+        self, prompts: Sequence[Sequence[int]], grid: tuple[int, int], settings: Mapping[str, Any], **options: Any
+    ) -> Codes:
+        codes = super().draw(prompts, grid, settings, **options)
+        self._painting_generator = options.get("generator")
+        return Codes(ids=codes.ids)  # in one row of meanings, not on a grid
 
     # ------------------------------------------------------------------ images
 
@@ -228,19 +230,20 @@ class SEEDLLaMAPipeline(PaintingPipeline, InterleavedPipeline):
         settings = self.check_settings(
             guidance_scale=guidance_scale, temperature=temperature, text_top_k=top_k, text_top_p=top_p
         )
-        self._guidance_scale = settings["guidance_scale"]
         rows = [
             self.encode_prompt(item) if isinstance(item, str) else item
             for item in self.check_prompts(prompt, prompt_ids)
         ]
-        codes = self.draw(
-            [row for row in rows for _ in range(num_images_per_prompt)],
+        return self.generate(
+            rows,
             self.block.grid,  # type: ignore[arg-type]
             settings,
+            num_images_per_prompt=num_images_per_prompt,
+            output_type=output_type,
+            return_dict=return_dict,
+            output_codes=output_codes,
             generator=generator,
             noise=noise,
             callback=callback_on_step_end,
             callback_names=callback_on_step_end_tensor_inputs,
         )
-        self._painting_generator = generator
-        return self.make_output(Codes(ids=codes.ids), output_type, return_dict=return_dict, output_codes=output_codes)

@@ -20,6 +20,8 @@ from armm.explain import Balance, Explanation
 from armm.pruning import Cost, VisualPruning
 
 from .base import ARPipeline
+from .outputs import ARTextOutput
+from .settings import sampler_of
 
 __all__ = ["DiffusionPipeline", "Reading", "UnderstandingPipeline"]
 
@@ -53,6 +55,7 @@ class UnderstandingPipeline(ARPipeline):
     """
 
     transformer: Any
+    chat: Callable[..., Any]
     pads_readings = True
     _accelerations: ClassVar[tuple[type[Acceleration], ...]] = (VisualPruning,)
 
@@ -75,13 +78,7 @@ class UnderstandingPipeline(ARPipeline):
     @staticmethod
     def check_text_sampling(temperature: Any, top_k: Any, top_p: Any) -> Sampler:
         """The sampler of a text; temperature 0 takes the likeliest token."""
-        check = ARPipeline.check_number
-        check("temperature", temperature, low=0)
-        check("top_k", top_k, low=0, integer=True)
-        check("top_p", top_p, low=0, high=1)
-        if top_p == 0:
-            raise ValueError("`top_p` must be above 0 (1 turns the filter off), got 0.")
-        return Sampler(temperature=temperature or 1.0, top_k=int(top_k), top_p=top_p, do_sample=temperature > 0)
+        return sampler_of(temperature, top_k, top_p)
 
     def check_length(self, readings: Sequence[Reading], max_new_tokens: int | None) -> None:
         """Raises unless `max_new_tokens` is None or fits behind every reading."""
@@ -157,6 +154,60 @@ class UnderstandingPipeline(ARPipeline):
                 cost += output.cost
         return texts, cost
 
+    def text_length(self, readings: Sequence[Reading], max_new_tokens: int | None) -> int | None:
+        """`max_new_tokens`, or the checkpoint's setting, where it has one, as far as it fits."""
+        own = self.generation_config.get("max_new_tokens")
+        if max_new_tokens is not None or own is None:
+            return max_new_tokens
+        return min([own, *(reading.limit for reading in readings)])
+
+    def answer(
+        self,
+        readings: Callable[[], Sequence[Reading]],
+        *,
+        max_new_tokens: int | None,
+        temperature: float,
+        top_k: int,
+        top_p: float,
+        search: BeamSearch | None,
+        generator: torch.Generator | list[torch.Generator] | None,
+        return_dict: bool,
+        callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        finish: Callable[[str], str] = str.strip,
+    ) -> ARTextOutput | tuple:
+        """A call that reads: checks its arguments, makes the readings, writes behind them.
+
+        Args:
+            readings: makes the prompts of the call.
+            finish: makes what is returned of a text.
+        """
+        sampler = self.check_text_sampling(temperature, top_k, top_p)
+        self.check_callback_inputs(callback_on_step_end_tensor_inputs)
+        self.check_search(search, temperature)
+        prompts = readings()
+        self.check_generator(generator, len(prompts))
+
+        def step_end(step: int, ids: torch.Tensor) -> torch.Tensor | None:
+            replaced = self.step_end(callback_on_step_end, callback_on_step_end_tensor_inputs, step, {"latents": ids})
+            return replaced.get("latents")
+
+        written, cost = self.write(
+            prompts,
+            max_new_tokens=self.text_length(prompts, max_new_tokens),
+            sampler=sampler,
+            search=search,
+            generator=generator,
+            callback=None if callback_on_step_end is None else step_end,
+        )
+        texts = [finish(self.decode_words(ids)) for ids in written]
+        self.maybe_free_model_hooks()
+        return ARTextOutput(texts=texts, cost=cost) if return_dict else (texts,)
+
+    def ask(self, image: Any, question: Any = None, **options: Any) -> ARTextOutput:
+        """`chat`, by the name that all pipelines share that read; without a question the image is described."""
+        return self.chat(image, question or "Describe the picture.", **options)
+
     def _continue(
         self,
         condition: Condition,
@@ -217,6 +268,21 @@ class UnderstandingPipeline(ARPipeline):
                 yield text[len(said) :]
                 said = text
         self.maybe_free_model_hooks()
+
+    def stream_chat(
+        self, image: Any = None, question: str | None = None, *, max_new_tokens: int | None = None, **options: Any
+    ) -> Iterator[str]:
+        """The answer to one question, piece by piece as it is written.
+
+        Args:
+            options: `sampler` and `noise` of `stream_text`, and what else `readings` takes.
+        """
+        sampling = {name: options.pop(name) for name in ("sampler", "noise") if name in options}
+        with torch.no_grad():
+            readings = self.readings(image, question, **options)
+        if len(readings) != 1:
+            raise ValueError(f"one conversation is streamed at a time, got {len(readings)}.")
+        return self.stream(readings[0], self.text_length(readings, max_new_tokens), **sampling)
 
     # ------------------------------------------------------------------ explaining
 

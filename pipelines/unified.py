@@ -74,13 +74,6 @@ class UnifiedPipeline(ARPipeline):
         if not transformer.text_slots or not transformer.answer_slots:
             raise ValueError("`transformer` must have `text_slots` and `answer_slots`: it is no unified model.")
 
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> UnifiedPipeline:
-        """As `ARPipeline.from_pretrained`; without `dtype` the weights are computed with in float32, however they are stored."""
-        if kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None:
-            kwargs["dtype"] = torch.float32
-        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-
     # ------------------------------------------------------------------ the model's sizes
 
     @property
@@ -127,24 +120,6 @@ class UnifiedPipeline(ARPipeline):
         return torch.tensor([ids], device=self._execution_device).repeat(batch, 1)
 
     # ------------------------------------------------------------------ drawing
-
-    def check_sampling(
-        self, guidance_scale: float | None, temperature: float | None, top_k: int | None, top_p: float | None
-    ) -> tuple[float, Sampler]:
-        """The guidance scale and the sampler of a call, with this checkpoint's settings where an argument is None."""
-        guidance_scale = self.setting("guidance_scale", guidance_scale)
-        temperature, top_k, top_p = (
-            self.setting(name, value)
-            for name, value in (("temperature", temperature), ("top_k", top_k), ("top_p", top_p))
-        )
-        self.check_number("guidance_scale", guidance_scale, low=0)
-        self.check_number("temperature", temperature, low=0)
-        self.check_number("top_k", top_k, low=0, integer=True)
-        self.check_number("top_p", top_p, low=0, high=1)
-        if top_p == 0:
-            raise ValueError("`top_p` must be above 0 (1 turns the filter off), got 0.")
-        sampler = Sampler(temperature=temperature or 1.0, top_k=int(top_k), top_p=top_p, do_sample=temperature > 0)
-        return float(guidance_scale), sampler
 
     def draw_codes(
         self,

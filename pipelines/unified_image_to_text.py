@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import PIL.Image
@@ -92,31 +93,19 @@ class UnifiedImageToTextPipeline(UnderstandingPipeline, UnifiedPipeline):
         Returns:
             [`ARTextOutput`] or `tuple`: one text for each image or question.
         """
-        sampler = self.check_text_sampling(temperature, top_k, top_p)
-        self.check_search(search, temperature)
-        self.check_callback_inputs(callback_on_step_end_tensor_inputs)
-        readings = self.readings(image, question, caption=caption, max_new_tokens=max_new_tokens)
-        self.check_generator(generator, len(readings))
-
-        def step_end(step: int, ids: torch.Tensor) -> torch.Tensor | None:
-            return self.step_end(callback_on_step_end, callback_on_step_end_tensor_inputs, step, {"latents": ids}).get(
-                "latents"
-            )
-
-        written, cost = self.write(
-            readings,
+        return self.answer(
+            partial(self.readings, image, question, caption=caption, max_new_tokens=max_new_tokens),
             max_new_tokens=max_new_tokens,
-            sampler=sampler,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
             search=search,
             generator=generator,
-            callback=None if callback_on_step_end is None else step_end,
+            return_dict=return_dict,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            finish=str.strip if caption is None else partial(_filled, caption),
         )
-        texts = [self.words.decode(ids) for ids in written]
-        if caption is not None:
-            before, after = caption.split(_HOLE)
-            texts = [" ".join(f"{before} {text} {after}".split()) for text in texts]
-        self.maybe_free_model_hooks()
-        return ARTextOutput(texts=texts, cost=cost) if return_dict else (texts,)
 
     def ask(self, image: Any, question: Any = None, **options: Any) -> ARTextOutput:
         """The call, by the name that all pipelines share that read."""
@@ -170,7 +159,9 @@ class UnifiedImageToTextPipeline(UnderstandingPipeline, UnifiedPipeline):
         before, after = ([] if not words.split(part) else words.encode(part, "caption") for part in parts)
         limit = self.transformer.answer_slots - 5
         if len(before) + len(after) > limit:
-            raise ValueError(f"`caption` has {len(before) + len(after)} words besides the hole; this model takes {limit}.")
+            raise ValueError(
+                f"`caption` has {len(before) + len(after)} words besides the hole; this model takes {limit}."
+            )
         return [words.caption, *before, words.holes[0], *after, words.end, words.holes[0]]
 
     def _segments(self, question: Any) -> list[list[int]]:
@@ -185,6 +176,12 @@ class UnifiedImageToTextPipeline(UnderstandingPipeline, UnifiedPipeline):
         limit = self.transformer.answer_slots - 2
         encoded = [self.words.encode(text, "question", limit) for text in asked]
         return [[self.words.question, *ids, self.words.answer] for ids in encoded]
+
+
+def _filled(caption: str, text: str) -> str:
+    """`caption` with `text` in its hole."""
+    before, after = caption.split(_HOLE)
+    return " ".join(f"{before} {text} {after}".split())
 
 
 def _pair(codes: torch.Tensor, segments: list[list[int]], question: Any) -> tuple[torch.Tensor, list[list[int]]]:

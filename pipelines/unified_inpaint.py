@@ -15,6 +15,8 @@ from diffusers.utils import replace_example_docstring
 from armm.decoding.acceleration import Acceleration
 from armm.decoding.speculative import Speculative
 
+from .arguments import common_count
+from .images import loaded
 from .outputs import ARPipelineOutput
 from .unified import UnifiedPipeline, images_to_pixels
 
@@ -88,16 +90,11 @@ class UnifiedInpaintPipeline(UnifiedPipeline):
         """
         self.check_output_type(output_type)
         self.check_number("num_images_per_prompt", num_images_per_prompt, low=1, integer=True)
-        guidance_scale, sampler = self.check_sampling(guidance_scale, temperature, top_k, top_p)
+        guidance_scale, sampler = self.check_sampling(guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p)
         prefix = self.encode_prompt(prompt)
         pixels = images_to_pixels(image, self.image_size)
         cells = self.mask_to_cells(mask_image)
-        count = max(len(prefix), len(pixels), len(cells))
-        for name, value in (("prompt", prefix), ("image", pixels), ("mask_image", cells)):
-            if len(value) not in (1, count):
-                raise ValueError(
-                    f"`{name}` has {len(value)} entries for {count} images: give one for all or one for each."
-                )
+        count = common_count({"prompt": len(prefix), "image": len(pixels), "mask_image": len(cells)})
         known = self.encode_image(pixels.add(1).div(2).clamp(0, 1))
         prefix, pixels, cells, known = (
             value.expand(count, *value.shape[1:]).repeat_interleave(num_images_per_prompt, 0)
@@ -105,7 +102,10 @@ class UnifiedInpaintPipeline(UnifiedPipeline):
         )
         self.check_generator(generator, len(prefix))
         redrawn_cells = cells.flatten(1).to(known.device)
-        watched: dict[str, Any] = {"callback": callback_on_step_end, "callback_names": callback_on_step_end_tensor_inputs}
+        watched: dict[str, Any] = {
+            "callback": callback_on_step_end,
+            "callback_names": callback_on_step_end_tensor_inputs,
+        }
         if self.infills(infill, redrawn_cells):
             codes = self.fill_codes(prefix, guidance_scale, sampler, generator, known, redrawn_cells, **watched)
         else:
@@ -117,10 +117,7 @@ class UnifiedInpaintPipeline(UnifiedPipeline):
             images = self.pixels_to_images(torch.where(redrawn > 0, drawn, pixels.to(drawn.device)), output_type)
         else:
             images = self.decode_codes_to_images(codes, output_type)
-        self.maybe_free_model_hooks()
-        if not return_dict:
-            return (images, codes) if output_codes else (images,)
-        return ARPipelineOutput(images=images, codes=codes if output_codes else None)
+        return self.wrap_output(images, codes, return_dict=return_dict, output_codes=output_codes)
 
     def infills(self, infill: bool | None, cells: torch.Tensor) -> bool:
         """Whether the masked `cells` [B, N] are redrawn by infilling; a ValueError if that is asked for and not possible."""
@@ -151,9 +148,12 @@ def mask_to_cells(mask_image: Any, size: tuple[int, int], downsample: int) -> to
             raise ValueError("`mask_image` is an empty list: give at least one mask.")
         return torch.cat([mask_to_cells(item, size, downsample) for item in mask_image])
     if isinstance(mask_image, PIL.Image.Image):
-        planes = np.asarray(mask_image.convert("L"))[None]
+        planes = np.asarray(loaded(mask_image, "mask_image").convert("L"))[None]
     elif isinstance(mask_image, (np.ndarray, torch.Tensor)):
-        planes = mask_image.detach().cpu().numpy() if isinstance(mask_image, torch.Tensor) else mask_image
+        if isinstance(mask_image, torch.Tensor):
+            mask_image = mask_image.detach().cpu()
+            mask_image = (mask_image.float() if mask_image.is_floating_point() else mask_image).numpy()
+        planes = mask_image
         if planes.ndim not in (2, 3) or 0 in planes.shape:
             raise ValueError(f"`mask_image` must have shape [H, W] or [B, H, W], got {tuple(planes.shape)}.")
         planes = planes[None] if planes.ndim == 2 else planes

@@ -85,9 +85,8 @@ class UnifiedTextToImagePipeline(UnifiedPipeline):
         self.check_output_type(output_type)
         self.check_size(height, width)
         self.check_number("num_images_per_prompt", num_images_per_prompt, low=1, integer=True)
-        guidance_scale, sampler = self.check_sampling(guidance_scale, temperature, top_k, top_p)
-        candidates = self.setting("num_candidates", num_candidates)
-        self.check_number("num_candidates", candidates, low=1, integer=True)
+        guidance_scale, sampler = self.check_sampling(guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p)
+        candidates = self.check_settings(num_candidates=num_candidates)["num_candidates"]
         prefix = self.encode_prompt(prompt, num_images_per_prompt)
         self.check_generator(generator, len(prefix))
         codes = self.draw_codes(

@@ -20,6 +20,7 @@ from tokenizers_visual.codes import Codes
 from tokenizers_visual.multi_scale import MultiScaleQuantizer
 from tokenizers_visual.multi_scale_tokenizer import MultiScaleVQTokenizer
 
+from .arguments import check_noise, common_count, known_ids
 from .base import ARPipeline
 from .imagenet import class_indices
 from .outputs import ARPipelineOutput
@@ -152,23 +153,20 @@ class VARPipeline(ARPipeline):
             more_smooth=more_smooth,
         )
         device = self._execution_device
-        labels = self.class_indices(class_labels, editing=image is not None)
+        labels = self.class_indices(class_labels, editing=image is not None or mask_image is not None)
         kept = None if image is None and mask_image is None else self.kept_tokens(image, mask_image)
         if kept is not None:
             if latents is not None:
                 raise ValueError("give either `image` and `mask_image`, or `latents`, not both.")
-            count = max(len(labels), len(kept))
-            if len(labels) not in (1, count) or len(kept) not in (1, count):
-                raise ValueError(
-                    f"{len(labels)} `class_labels` and {len(kept)} images to edit: give one for all or one for each."
-                )
+            count = common_count({"class_labels": len(labels), "image": len(kept)})
             labels = labels * count if len(labels) < count else labels
             latents = kept.expand(count, -1).repeat_interleave(num_images_per_prompt, 0)
         labels = [label for label in labels for _ in range(num_images_per_prompt)]
         batch = len(labels)
         self.check_generator(generator, batch)
-        known_ids, known_mask = self.known_tokens(latents, batch, device)
-        self.check_noise(noise, batch)
+        tokens, codes = self.transformer.num_tokens, self.transformer.vocab_size
+        known, known_mask = known_ids(latents, batch, [tokens], codes, device)
+        check_noise(noise, (batch, tokens, codes), "batch, tokens, vocabulary")
 
         self._guidance_scale = settings["guidance_scale"]
         self._interrupt = False
@@ -200,20 +198,17 @@ class VARPipeline(ARPipeline):
                 guidance=guidance,
                 noise=generator if noise is None else noise,
                 smooth=settings["more_smooth"],
-                known_ids=known_ids,
+                known_ids=known,
                 known_mask=known_mask,
                 callback=after_scale,
                 interrupt=lambda: self._interrupt,
             )
-        codes = Codes(ids=output.ids, scales=scales)
+        drawn = Codes(ids=output.ids, scales=scales)
         if output_type == "latent":
             images = output.ids
         else:
             images = self.pixels_to_images(self.tokenizer.decode_features(output.features), output_type)
-        self.maybe_free_model_hooks()
-        if not return_dict:
-            return (images, codes) if output_codes else (images,)
-        return ARPipelineOutput(images=images, codes=codes if output_codes else None)
+        return self.wrap_output(images, drawn, return_dict=return_dict, output_codes=output_codes)
 
     # ------------------------------------------------------------------ pieces of a call
 
@@ -237,10 +232,7 @@ class VARPipeline(ARPipeline):
             raise ValueError("editing takes both `image` and `mask_image`: the image, and white where it is redrawn.")
         pixels = images_to_pixels(image, self.image_size)
         redraw = mask_to_cells(mask_image, self.image_size, self.tokenizer.downsample)
-        count = max(len(pixels), len(redraw))
-        for name, value in (("image", pixels), ("mask_image", redraw)):
-            if len(value) not in (1, count):
-                raise ValueError(f"`{name}` has {len(value)} entries for {count} images: give one for all or one for each.")
+        count = common_count({"image": len(pixels), "mask_image": len(redraw)})
         weight = next(self.tokenizer.parameters())
         pixels = pixels.to(device=self._execution_device, dtype=weight.dtype)
         scales = self.transformer.scales
@@ -249,44 +241,10 @@ class VARPipeline(ARPipeline):
         keep = scale_masks(~redraw, scales).to(ids.device)
         return torch.where(keep, ids.expand(count, -1), -1)
 
-    def known_tokens(
-        self, latents: torch.Tensor | None, batch: int, device: torch.device
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """The ids to keep and where: `latents` [B, L] (or [1, L]) with -1 at open places."""
-        if latents is None:
-            return None, None
-        tokens, codes = self.transformer.num_tokens, self.transformer.vocab_size
-        if not isinstance(latents, torch.Tensor) or latents.dtype != torch.int64 or latents.dim() != 2:
-            raise TypeError(
-                "`latents` must be an int64 tensor of token ids [batch, tokens], -1 where tokens are to be generated."
-            )
-        if latents.shape[0] not in (1, batch) or latents.shape[1] != tokens:
-            raise ValueError(f"`latents` must be [{batch}, {tokens}] for this call, got {list(latents.shape)}.")
-        if int(latents.min()) < -1 or int(latents.max()) >= codes:
-            raise ValueError(f"`latents` must lie between -1 (open) and {codes - 1}.")
-        latents = latents.to(device).expand(batch, -1)
-        return latents.clamp(min=0), latents >= 0
-
-    def check_noise(self, noise: torch.Tensor | None, batch: int) -> None:
-        """Raises ValueError unless recorded `noise` fits the call."""
-        expected = (batch, self.transformer.num_tokens, self.transformer.vocab_size)
-        if noise is not None and (not isinstance(noise, torch.Tensor) or tuple(noise.shape) != expected):
-            shape = tuple(noise.shape) if isinstance(noise, torch.Tensor) else type(noise).__name__
-            raise ValueError(f"`noise` must be a tensor {list(expected)} [batch, tokens, vocabulary], got {shape}.")
-
     def check_settings(self, **given: Any) -> dict[str, Any]:
-        """The settings of a call: the given ones, else the checkpoint's; out-of-range values are a ValueError."""
-        settings = {name: self.setting(name, value) for name, value in given.items()}
-        self.check_number("guidance_scale", settings["guidance_scale"], low=0.0)
-        self.check_number("temperature", settings["temperature"], low=0.0)
-        self.check_number("top_k", settings["top_k"], low=0, integer=True)
-        self.check_number("top_p", settings["top_p"], low=0.0, high=1.0)
-        for name in ("do_sample", "more_smooth"):
-            if not isinstance(settings[name], bool):
-                raise TypeError(f"`{name}` must be True or False, got {settings[name]!r}.")
+        settings = super().check_settings(**given)
         if settings["more_smooth"] and not settings["do_sample"]:
             raise ValueError("`more_smooth` averages over noise, so it needs `do_sample=True`.")
-        settings["top_k"] = int(settings["top_k"])  # numpy integers are welcome
         return settings
 
     def quantizer_on(self, device: torch.device) -> MultiScaleQuantizer:

@@ -382,6 +382,8 @@ def test_components_must_belong_together():
         lumina().describe(picture(), text_top_p=0.5)
     with pytest.raises(TypeError, match="an image must be"):
         lumina().describe("fox.png")
+    with pytest.raises(ValueError, match="does not go with `cautious`"):
+        lumina().describe(picture(), cautious=True, callback_on_step_end=lambda *_: {})
 
 
 def test_a_tokenizer_without_decoder_reads_only():

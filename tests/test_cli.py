@@ -264,6 +264,8 @@ def test_convert_writes_a_component(tmp_path):
     [
         ("steps=20", ("steps", 20)),
         ("optimizer.learning_rate=1e-4", ("optimizer.learning_rate", 1e-4)),
+        ("optimizer.betas=[9E-1, .95e0]", ("optimizer.betas", [0.9, 0.95])),
+        ("output=infinity", ("output", "infinity")),
         ("precision=no", ("precision", "no")),
         ("precision=bf16", ("precision", "bf16")),
         ("model.channels=[1, 2]", ("model.channels", [1, 2])),

@@ -23,6 +23,7 @@ from armm.convert import (
     keymap,
 )
 from armm.convert import llamagen as llamagen_files
+from armm.convert.folders import load_folder, read_beside
 from armm.model import AutoregressiveModel
 from tokenizers_visual import VQTokenizer
 
@@ -338,3 +339,32 @@ def test_the_grid_comes_from_the_config_or_the_name(name, config, grid, state):
 def test_a_block_size_must_be_a_square(state):
     with pytest.raises(ValueError, match="`block_size`.*square"):
         llamagen_files.convert_state_dict(state, config={**HEADS, "block_size": 24})
+
+
+# ---------------------------------------------------------------------- folders of shards
+
+
+def test_folders_of_shards(tmp_path):
+    tensors = {f"layers.{i}.weight": torch.full((2,), float(i)) for i in range(3)}
+    places = {name: f"pytorch_model-{i}.bin" for i, name in enumerate(tensors)}
+    for name, shard in places.items():
+        torch.save({name: tensors[name]}, tmp_path / shard)
+    index = tmp_path / "pytorch_model.bin.index.json"
+    index.write_text(json.dumps({"weight_map": places}))
+    for source in (tmp_path, index):
+        assert {name: value.tolist() for name, value in load_folder(source).items()} == {
+            name: value.tolist() for name, value in tensors.items()
+        }
+    assert list(load_folder(tmp_path / "pytorch_model-1.bin")) == ["layers.1.weight"]
+    assert read_beside(index, index.name) == read_beside(tmp_path, index.name) != read_beside(tmp_path) == {}
+    with pytest.raises(CheckpointKeysError, match="no moving average"):
+        load_folder(tmp_path, use_ema=True)
+    for weight_map, message in [
+        ({}, "no `weight_map`"),
+        ({**places, "a": "../a.bin"}, "must lie beside it"),
+        ({**places, "a": "a.bin"}, r"lacks the shards \['a.bin'\]"),
+        ({**places, "norm.weight": "pytorch_model-0.bin"}, "lack norm.weight"),
+    ]:
+        index.write_text(json.dumps({"weight_map": weight_map}))
+        with pytest.raises(CheckpointError, match=message):
+            load_folder(tmp_path)

@@ -108,6 +108,33 @@ def test_missing_or_foreign_weights_of_a_decoding_are_refused(folder, tmp_path):
     armm.pipeline(broken)  # the other decodings do not care
 
 
+def test_variants_of_weights(tmp_path):
+    base, pipe = tmp_path / "base", unified_pipeline()
+    other = variant(pipe, "neighboring")
+    expected = draw(pipe), draw(other)
+    pipe.save_pretrained(base, variant="fp16")
+    other.save_pretrained(tmp_path / "neighboring", variant="fp16")
+    decodings.add(base, tmp_path / "neighboring")
+    assert torch.equal(draw(armm.pipeline(base, variant="fp16")), expected[0])
+    assert torch.equal(draw(armm.pipeline(base, variant="fp16", decoding="neighboring")), expected[1])
+    for options in ({}, {"decoding": "neighboring"}):
+        with pytest.raises(ValueError, match="pass variant='fp16'"):
+            armm.pipeline(base, **options)
+    with pytest.raises(ValueError, match="has no variant 'fp32'; it has 'fp16'"):
+        armm.pipeline(base, variant="fp32")
+    # Other weights without a variant beside them; a decoding without the variant is loaded as it is.
+    for parameter in (*pipe.transformer.parameters(), *other.transformer.parameters()):
+        torch.nn.init.normal_(parameter)
+    changed = draw(pipe), draw(other)
+    pipe.save_pretrained(base)
+    other.save_pretrained(base / "decodings" / "neighboring")
+    found = [draw(armm.pipeline(base, decoding=name)) for name in ("next_token", "neighboring")]
+    assert all(map(torch.equal, found, changed)) and not any(map(torch.equal, changed, expected))
+    assert torch.equal(draw(armm.pipeline(base, decoding="neighboring", variant="fp16")), expected[1])
+    (base / "decodings" / "neighboring" / "transformer" / "diffusion_pytorch_model.fp16.safetensors").unlink()
+    assert torch.equal(draw(armm.pipeline(base, decoding="neighboring", variant="fp16")), changed[1])
+
+
 def test_only_decodings_of_the_same_words_can_be_added(folder, tmp_path):
     source = folder.parent / "neighboring"
     index = json.loads((source / "model_index.json").read_text())

@@ -103,6 +103,23 @@ def test_accelerators_show_their_statistics_and_leave_nothing_behind(studio, nam
     assert previews and studio.drawer("next_token").acceleration is None
 
 
+def test_the_shipped_weights_draw_with_all_their_decodings():
+    studio = Studio()
+    assert studio.decodings[0] == "next_token" and {"neighboring", "next_x"} < set(studio.decodings)
+    pipe = studio.drawer("next_x")
+    drawing, previews = finished(studio.draw(PROMPT, seed=5, count=2, decoding="next_x"))
+    expected = pipe(
+        PROMPT, num_images_per_prompt=2, generator=[torch.Generator().manual_seed(s) for s in (5, 6)]
+    ).images
+    assert [image.tobytes() for image in drawing.images] == [image.tobytes() for image in expected]
+    steps = len(pipe.decoding.groups(pipe.grid))
+    assert drawing.calls == studio.calls("next_x") == steps * pipe.generation_config["num_flow_steps"]
+    assert previews and previews[0].calls * steps == drawing.calls and previews[0].known * steps == drawing.tokens
+    assert not studio.accelerations("next_x") and studio.judges("next_token") and not studio.judges("next_x")
+    with pytest.raises(ValueError, match="no model chooses among candidates"):
+        list(studio.draw(PROMPT, decoding="next_x", candidates=3))
+
+
 def test_a_drawing_can_be_stopped(studio):
     steps = studio.draw(PROMPT, session="me")
     first = next(steps)

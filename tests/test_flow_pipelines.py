@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import PIL.Image
 import pytest
 import torch
 from tiny_next_x import (
@@ -20,6 +21,7 @@ import armm
 from armm.convert import CheckpointKeysError, CheckpointShapeError, convert, flowar, xar
 from armm.decoding import NextScaleFlowDecoding, NextXDecoding
 from pipelines.flow import FlowPipeline
+from pipelines.preview import NEUTRAL, appearing, progress
 
 PIPELINES = {"xar": tiny_xar_pipeline, "flowar": tiny_flowar_pipeline}
 
@@ -242,3 +244,27 @@ def test_clear_errors_of_files(name, tmp_path):
         with pytest.raises(CheckpointShapeError, match="cell_size"):
             read({"cell_size": 4})
         assert read({"cell_size": 2}, without="mask").grid == (4, 4)
+
+
+@pytest.mark.parametrize(("entity", "known"), [("cell", [0, 4, 8, 12, 16]), ("scale", [0, 16, 16, 16])])
+def test_pictures_of_continuous_tokens_appear_entity_by_entity(entity, known):
+    pipe = tiny_xar_pipeline(entity)
+    pipe.register_modules(transformer=tiny_model(positions=pipe.decoding.plan(pipe.grid).num_tokens))
+    groups = pipe.decoding.groups(pipe.grid)
+    assert sorted(torch.cat(groups).tolist()) == list(range(16)) and len(groups) == len(known) - 1
+    seen = []
+
+    def watch(pipe, step, timestep, tensors):
+        latents, cells = progress(tensors["latents"], 16)
+        assert latents is tensors["latents"]
+        seen.append(int(cells.sum()))
+        return {}
+
+    output = pipe(3, num_flow_steps=3, output_codes=True, callback_on_step_end=watch)
+    assert seen == known[1:]
+    frames = list(appearing(pipe, output.codes, 64))
+    neutral = [
+        sum(frame.getpixel((16 * (i % 4) + 8, 16 * (i // 4) + 8)) == NEUTRAL for i in range(16)) for [frame] in frames
+    ]
+    assert neutral == [16 - count for count in known]
+    assert frames[-1][0].tobytes() == output.images[0].resize((64, 64), PIL.Image.Resampling.BICUBIC).tobytes()

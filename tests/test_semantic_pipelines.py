@@ -194,6 +194,9 @@ def test_lavit_reads_as_many_features_as_an_image_needs(lavit):
     texts = lavit.describe([picture(0), picture(1)], ["what is this?", "a"]).texts
     assert texts[1] == lavit.ask(picture(1), "a").texts[0]
     assert lavit.ask(picture(1), ["what is this?", "a"]).texts[1] == texts[1]
+    assert "".join(lavit.stream_chat(picture(1), "a")).strip() == texts[1]
+    with pytest.raises(ValueError, match="`generator` holds 2 generators, but the call makes 1"):
+        lavit.describe(picture(), generator=[generator(1), generator(2)])
     beams = lavit.describe(picture(), search=BeamSearch(num_beams=2)).texts
     assert len(beams) == 1
     assert lavit.describe(picture(), temperature=1.0, sample_tokens=True, generator=generator(1)).texts == (

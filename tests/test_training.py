@@ -113,6 +113,10 @@ def test_recipe_errors(tmp_path):
     good = "task: line\noutput: run\nsteps: 5\noptimizer:\n  learning_rate: 0.1\n"
     path.write_text(good)
     assert load_recipe(path, {"optimizer.learning_rate": 0.5, "model.width": 3}).optimizer.learning_rate == 0.5
+    for number in ("4e-4", "4E-4", "4.e-4", "+4e-04", ".4e-3", "0.0004"):
+        path.write_text(good.replace("0.1", number) + f"data: {{sizes: [{number}, 3, 1_000]}}\n")
+        assert load_recipe(path).optimizer.learning_rate == 4e-4
+        assert load_recipe(path).data["sizes"] == [4e-4, 3, 1000]
     path.write_text(good + "precision: no\n")
     assert load_recipe(path).precision == "no"
     for content, message in [
@@ -125,6 +129,10 @@ def test_recipe_errors(tmp_path):
         (good.replace("steps: 5", "steps: many"), "whole number"),
         (good.replace("steps: 5", "steps: 0"), "at least 1"),
         (good + "batch_size: 0\n", "batch_size"),
+        (good.replace("0.1", "fast"), "learning_rate` must be a number, got 'fast'"),
+        (good.replace("0.1", "4e-4e"), "learning_rate` must be a number"),
+        (good + "  betas: 0.9\n", "betas` must be two numbers"),
+        (good + "  betas: [a, b]\n", "betas` must be a number"),
     ]:
         path.write_text(content)
         with pytest.raises(ValueError, match=message):

@@ -56,7 +56,11 @@ def run(args: argparse.Namespace) -> int:
 
     generator = torch.Generator().manual_seed(args.seed)
     if not hasattr(pipe, "ask"):
-        raise ValueError(f"--model: {type(pipe).__name__} does not read pictures; leave it out, or name a model that does")
+        raise ValueError(
+            f"--model: {type(pipe).__name__} does not read pictures; leave it out, or name a model that does"
+        )
+    if target is not None and not hasattr(pipe, "explain"):
+        raise ValueError(f"--explain: {type(pipe).__name__} does not explain its answers; leave it out")
     if target is not None:
         explanation = pipe.explain(image, args.question[0] if args.question else None, method=args.method or "tam")
         save_image(explanation.image(), target)

@@ -57,23 +57,19 @@ def find_recipe(value: str) -> Path:
 
 def parse_override(text: str) -> tuple[str, Any]:
     """`a.b=3` as ("a.b", 3); the value is read as YAML, but `no`, `yes`, `on`, `off` stay words."""
-    import yaml
-
     key, equals, value = text.partition("=")
     if not equals or not key or not all(part.strip() == part and part for part in key.split(".")):
         raise ValueError(f"--set: {text!r} is not KEY=VALUE")
     if value.lower() in ("no", "yes", "on", "off"):
         return key, value
+    import yaml
+
+    from armm.training.recipe import read_yaml
+
     try:
-        parsed = yaml.safe_load(value)
+        return key, read_yaml(value)
     except yaml.YAMLError:
         raise ValueError(f"--set: the value of {text!r} is not YAML") from None
-    if isinstance(parsed, str):  # YAML 1.1 reads 1e-4 as a word
-        try:
-            parsed = float(parsed)
-        except ValueError:
-            pass
-    return key, parsed
 
 
 def run(args: argparse.Namespace) -> int:

@@ -23,7 +23,7 @@ from tokenizers_visual.vq_tokenizer import VQTokenizer
 from .chameleon_tokenizer import VQ_PREFIX, convert_tokenizer
 from .chameleon_vocabulary import image_block, read_vocabulary
 from .containers import CheckpointError, CheckpointKeysError, CheckpointShapeError, load_state_dict
-from .facts import compare, count, read_options, shape
+from .facts import compare, count, dtype_of, read_options, shape
 from .folders import load_folder, read_json, resolve_folder_or_file
 from .keymap import Rule, apply_rules, load_strict
 
@@ -114,7 +114,7 @@ def convert(
     """
     path = Path(path)
     if path.is_dir() and (path / "config.json").is_file() and not meta_shards(path):
-        return convert_state_dict(load_folder(path), config=published_config(path) | _given(config), dtype=dtype)
+        return convert_state_dict(load_folder(path, use_ema=use_ema), config=published_config(path) | _given(config), dtype=dtype)
     shards = meta_shards(path)
     if shards:
         config = published_config(shards[0].parent, len(shards)) | _given(config)
@@ -300,17 +300,13 @@ def load_components(
         text_tokenizer: the authors' `text_tokenizer.json`, or a folder with it or with `tokenizer.json`; None looks into `path`.
         layout: how images are written, see `image_block`.
     """
-
-    def dtype_of(name: str) -> torch.dtype | None:
-        return dtype.get(name, dtype.get("default")) if isinstance(dtype, dict) else dtype
-
     local = resolve_folder_or_file(path, **hub_options)
-    transformer = convert(local, config=config, dtype=dtype_of("transformer"), use_ema=use_ema)
+    transformer = convert(local, config=config, dtype=dtype_of(dtype, "transformer"), use_ema=use_ema)
     if not isinstance(transformer, AutoregressiveModel):
         raise ValueError(f"{path} holds a tokenizer, not a transformer: pass it as `tokenizer=`.")
     if not isinstance(tokenizer, VQTokenizer):
         tokenizer = load_tokenizer(
-            local if tokenizer is None else tokenizer, dtype=dtype_of("tokenizer"), **hub_options
+            local if tokenizer is None else tokenizer, dtype=dtype_of(dtype, "tokenizer"), **hub_options
         )
     words, vocabulary = load_words(local, text_tokenizer, **hub_options)
     block = image_block(vocabulary, vocab_size=transformer.vocab_size, num_codes=tokenizer.codebook_size, **layout)

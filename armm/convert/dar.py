@@ -21,7 +21,7 @@ from tokenizers_visual.dar import DARTokenizer
 
 from . import llamagen
 from .containers import CheckpointKeysError, CheckpointShapeError, load_options, load_state_dict
-from .facts import compare, count, read_mapping, read_options, shape
+from .facts import compare, count, dtype_of, read_mapping, read_options, shape
 from .keymap import Rule, apply_rules, load_strict, squeeze_convolution
 
 PRESET = {"guidance_scale": 4.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0}  # the authors' demo
@@ -258,13 +258,13 @@ def load_single_file(
         hub_options: `revision`, `cache_dir`, `local_files_only`, `token` for files on the hub.
     """
     local = resolve_file(path, **hub_options)
-    transformer = convert(local, config=config, dtype=llamagen.dtype_of(dtype, "transformer"), use_ema=use_ema)
+    transformer = convert(local, config=config, dtype=dtype_of(dtype, "transformer"), use_ema=use_ema)
     if not isinstance(transformer, AutoregressiveModel):
         raise ValueError(f"{path} holds a tokenizer, not a transformer: pass it as `tokenizer=`.")
     if not isinstance(tokenizer, DARTokenizer):
         source = tokenizer
         tokenizer = convert(
-            resolve_file(source, **hub_options), config=tokenizer_config, dtype=llamagen.dtype_of(dtype, "tokenizer")
+            resolve_file(source, **hub_options), config=tokenizer_config, dtype=dtype_of(dtype, "tokenizer")
         )
         if not isinstance(tokenizer, DARTokenizer):
             raise ValueError(f"`tokenizer` {source} holds a transformer, not a tokenizer.")

@@ -8,7 +8,6 @@ read off the tensors. What a file does not say, the number of attention heads, i
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,7 +23,7 @@ from tokenizers_visual.binary_tokenizer import BinaryTokenizer
 from . import llamagen
 from .containers import CheckpointKeysError, CheckpointShapeError, load_state_dict
 from .elm_tokenizer import tokenizer_layout
-from .facts import compare, count, read_options, shape
+from .facts import compare, count, dtype_of, read_options, shape
 from .keymap import Rule, apply_rules, load_strict
 
 # (width, layers) -> heads of the sizes the authors defined: L, XL, XXL, 2B.
@@ -135,7 +134,10 @@ def _shared_arguments(state: Mapping[str, torch.Tensor], options: Mapping[str, A
     shape(state, "cls_embedding.embedding_table.weight", 2)
     shared = {name: value for name, value in options.items() if name in llamagen.TRANSFORMER_OPTIONS}
     renamed = {**state, "tok_embeddings.weight": state[table]}
-    return {**llamagen.transformer_arguments(renamed, shared, PUBLISHED_HEADS), "grid": grid_of(options)}
+    return {
+        **llamagen.transformer_arguments(renamed, shared, PUBLISHED_HEADS),
+        "grid": llamagen.given_grid(options) or (16, 16),
+    }
 
 
 def autoregressive_arguments(state: Mapping[str, torch.Tensor], options: Mapping[str, Any]) -> dict[str, Any]:
@@ -145,8 +147,12 @@ def autoregressive_arguments(state: Mapping[str, torch.Tensor], options: Mapping
         sub_codes = count(state, r"tok_embedder\.(\d+)\.weight")
         heads = count(state, r"output\.(\d+)\.weight")
         if heads != sub_codes:
-            raise CheckpointShapeError(f"the checkpoint has {sub_codes} tables 'tok_embedder' but {heads} heads 'output'.")
-        shapes = {shape(state, f"{part}.{i}.weight", 2) for part in ("tok_embedder", "output") for i in range(sub_codes)}
+            raise CheckpointShapeError(
+                f"the checkpoint has {sub_codes} tables 'tok_embedder' but {heads} heads 'output'."
+            )
+        shapes = {
+            shape(state, f"{part}.{i}.weight", 2) for part in ("tok_embedder", "output") for i in range(sub_codes)
+        }
         if len(shapes) > 1:
             raise CheckpointShapeError(f"the sub-codes' tables and heads differ in shape: {sorted(shapes)}.")
     arguments = _shared_arguments(state, options, "tok_embedder.weight" if sub_codes == 1 else "tok_embedder.0.weight")
@@ -185,17 +191,6 @@ def _bits_of(vocab_size: int) -> int:
     return bits
 
 
-def grid_of(options: Mapping[str, Any]) -> tuple[int, int]:
-    """(height, width) in tokens of the images a transformer was trained on; the published ones are 16 x 16."""
-    if "grid" in options:
-        return AutoregressiveModel.check_grid(options["grid"])
-    tokens = options.get("block_size", 256)
-    side = math.isqrt(tokens) if isinstance(tokens, int) and tokens > 0 else 0
-    if side * side != tokens or not side:
-        raise ValueError(f"`block_size` must be the number of tokens of a square image, got {tokens!r}; use `grid` for others.")
-    return (side, side)
-
-
 def load_single_file(
     path: Any,
     *,
@@ -219,17 +214,20 @@ def load_single_file(
         hub_options: `revision`, `cache_dir`, `local_files_only`, `token` for files on the hub.
     """
     transformer = convert(
-        resolve_file(path, **hub_options), config=config, dtype=llamagen.dtype_of(dtype, "transformer"), use_ema=use_ema
+        resolve_file(path, **hub_options), config=config, dtype=dtype_of(dtype, "transformer"), use_ema=use_ema
     )
     if not isinstance(transformer, AutoregressiveModel):
         raise ValueError(f"{path} holds a tokenizer, not a transformer: pass it as `tokenizer=`.")
     if not isinstance(tokenizer, BinaryTokenizer):
         source = tokenizer
-        options = {"token_each": transformer.sub_codes, **read_options(tokenizer_config, llamagen.OPTION_NAMES, _TOKENIZER_OPTIONS)}
+        options = {
+            "token_each": transformer.sub_codes,
+            **read_options(tokenizer_config, llamagen.OPTION_NAMES, _TOKENIZER_OPTIONS),
+        }
         state = load_state_dict(resolve_file(source, **hub_options))
         if any(name.startswith("tok_embedder.") for name in state):
             raise ValueError(f"`tokenizer` {source} holds a transformer, not a tokenizer.")
-        tokenizer = convert_state_dict(state, config=options, dtype=llamagen.dtype_of(dtype, "tokenizer"))
+        tokenizer = convert_state_dict(state, config=options, dtype=dtype_of(dtype, "tokenizer"))
     masked = transformer.mask_id is not None
     return {
         "tokenizer": tokenizer,

@@ -70,3 +70,18 @@ def count(state: Mapping[str, torch.Tensor], pattern: str) -> int:
         missing = sorted(set(range(max(numbers, default=0) + 1)) - numbers)
         raise CheckpointKeysError(f"the checkpoint lacks tensors {expected}* for N = {missing}.", missing=[expected])
     return len(numbers)
+
+
+def dtype_of(dtype: torch.dtype | dict[str, torch.dtype] | None, name: str) -> torch.dtype | None:
+    """The dtype of the component `name`, where a dict names components and "default"."""
+    return dtype.get(name, dtype.get("default")) if isinstance(dtype, dict) else dtype
+
+
+def split_prefix(
+    state: Mapping[str, torch.Tensor], prefix: str
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The tensors under `prefix`, named without it, and all others; a CheckpointKeysError where there are none under it."""
+    inside = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+    if not inside:
+        raise CheckpointKeysError(f"the checkpoint lacks {prefix}*.", missing=[f"{prefix}*"])
+    return inside, {name: tensor for name, tensor in state.items() if not name.startswith(prefix)}

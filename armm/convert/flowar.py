@@ -19,9 +19,10 @@ from armm.next_scale_flow_model import NextScaleFlowModel
 from tokenizers_visual.multi_scale import check_scales
 
 from .containers import CheckpointKeysError, CheckpointShapeError, load_state_dict
-from .facts import compare, count, read_options, shape
+from .facts import compare, count, dtype_of, read_options, shape
 from .keymap import Rule, apply_rules, load_strict
-from .xar import ADA_ORDER, block_rules, block_sizes, dtype_of, kl_tokenizer, stack_arguments, two_stack_rules
+from .kl import load_tokenizer
+from .xar import ADA_ORDER, block_rules, block_sizes, stack_arguments, two_stack_rules
 
 # Settings of the README, by the depth of each of the two stacks.
 PRESETS: dict[int, dict[str, Any]] = {
@@ -210,11 +211,12 @@ def load_single_file(
         use_ema: take the moving average of a trainer's file.
         hub_options: `revision`, `cache_dir`, `local_files_only`, `token` for files on the hub.
     """
+    coder = load_tokenizer(tokenizer, config=tokenizer_config, dtype=dtype_of(dtype, "tokenizer"), **hub_options)
     state = load_state_dict(resolve_file(path, **hub_options), use_ema=use_ema)
     model = convert_state_dict(state, config=config, dtype=dtype_of(dtype, "transformer"))
     preset = PRESETS.get(model.trunk.num_layers // 2, {})
     return {
-        "tokenizer": kl_tokenizer(tokenizer, tokenizer_config, dtype_of(dtype, "tokenizer"), **hub_options),
+        "tokenizer": coder,
         "transformer": model,
         "decoding": NextScaleFlowDecoding(),
         "generation_config": {**preset, **(generation_config or {})},

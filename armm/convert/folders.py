@@ -10,7 +10,7 @@ import torch
 
 from armm.hub import fetch_snapshot, resolve_file
 
-from .containers import UnreadableCheckpointError, load_state_dict
+from .containers import CheckpointKeysError, UnreadableCheckpointError, load_state_dict, strip_prefixes
 
 _STEMS = ("model.safetensors", "pytorch_model.bin")
 
@@ -28,27 +28,47 @@ def resolve_folder_or_file(source: Any, **options: Any) -> Path:
     return resolve_file(source, **options)
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The weight files in `folder`: safetensors before pickles, one file or all shards that the index names."""
+def load_folder(source: Path, *, use_ema: bool = False) -> dict[str, torch.Tensor]:
+    """All tensors of `source`, by the names their authors gave them.
+
+    Args:
+        source: a folder, of which safetensors are read before pickles; the index (JSON) of shards; or one weight file.
+        use_ema: take the moving average stored beside the weights.
+    """
+    if source.is_file():
+        return _load_shards(source, use_ema) if source.suffix == ".json" else load_state_dict(source, use_ema=use_ema)
     for stem in _STEMS:
-        if (folder / stem).is_file():
-            return [folder / stem]
-        index = folder / f"{stem}.index.json"
-        if index.is_file():
-            shards = sorted(set(read_json(index).get("weight_map", {}).values()))
-            missing = [shard for shard in shards if not (folder / shard).is_file()]
-            if missing or not shards:
-                raise UnreadableCheckpointError(f"{folder} lacks the shards {missing} that its {index.name} names.")
-            return [folder / shard for shard in shards]
-    raise UnreadableCheckpointError(f"{folder} holds no weights: none of {', '.join(_STEMS)} and their indices.")
+        if (source / stem).is_file():
+            return load_state_dict(source / stem, use_ema=use_ema)
+        if (source / f"{stem}.index.json").is_file():
+            return _load_shards(source / f"{stem}.index.json", use_ema)
+    raise UnreadableCheckpointError(f"{source} holds no weights: none of {', '.join(_STEMS)} and their indices.")
 
 
-def load_folder(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of the weight files in `folder`, by the names their authors gave them."""
+def _load_shards(index: Path, use_ema: bool) -> dict[str, torch.Tensor]:
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise UnreadableCheckpointError(f"{index} has no `weight_map`: it does not say where the tensors are.")
+    shards = sorted(set(map(str, places.values())))
+    strange = [shard for shard in shards if Path(shard).name != shard]
+    if strange:
+        raise UnreadableCheckpointError(f"{index} names {strange}: shards must lie beside it.")
+    absent = [shard for shard in shards if not (index.parent / shard).is_file()]
+    if absent:
+        raise UnreadableCheckpointError(f"{index.parent} lacks the shards {absent} that its {index.name} names.")
     state: dict[str, torch.Tensor] = {}
-    for file in weight_files(folder):
-        state |= load_state_dict(file)
+    for shard in shards:
+        state |= load_state_dict(index.parent / shard, use_ema=use_ema)
+    missing = sorted(set(strip_prefixes(places)) - set(state))
+    if missing:
+        raise CheckpointKeysError(f"the shards of {index} lack {', '.join(missing[:8])}.", missing=missing)
     return state
+
+
+def read_beside(source: Path, name: str = "config.json") -> dict[str, Any]:
+    """The JSON file `name` in the folder `source`, or beside the file `source`; empty where there is none."""
+    path = (source if source.is_dir() else source.parent) / name
+    return read_json(path) if path.is_file() else {}
 
 
 def read_json(path: Path) -> dict[str, Any]:

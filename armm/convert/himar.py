@@ -19,7 +19,7 @@ from armm.pivot_latent_model import PivotLatentModel
 
 from . import mar
 from .containers import CheckpointKeysError, CheckpointShapeError
-from .facts import compare, count, read_options, shape
+from .facts import compare, count, dtype_of, read_options, shape
 from .keymap import Rule, apply_rules, load_strict, split_thirds, squeeze_convolution
 from .kl import load_tokenizer
 
@@ -203,15 +203,12 @@ def load_single_file(
         use_ema: take the moving average where the file has one.
         hub_options: `revision`, `cache_dir`, `local_files_only`, `token` for files on the hub.
     """
-
-    def dtype_of(name: str) -> torch.dtype | None:
-        return dtype.get(name, dtype.get("default")) if isinstance(dtype, dict) else dtype
-
-    if tokenizer is None:
-        raise ValueError("`tokenizer` is missing: pass the autoencoder's file, `kl16.ckpt` of MAR, or a `KLTokenizer`.")
-    model = convert(resolve_file(path, **hub_options), config=config, dtype=dtype_of("transformer"), use_ema=use_ema)
+    coder = load_tokenizer(tokenizer, config=tokenizer_config, dtype=dtype_of(dtype, "tokenizer"), **hub_options)
+    model = convert(
+        resolve_file(path, **hub_options), config=config, dtype=dtype_of(dtype, "transformer"), use_ema=use_ema
+    )
     return {
-        "tokenizer": load_tokenizer(tokenizer, config=tokenizer_config, dtype=dtype_of("tokenizer"), **hub_options),
+        "tokenizer": coder,
         "transformer": model,
         "decoding": PivotLatentDecoding(),
         "generation_config": {**PRESETS.get(model.encoder.dim, {}), **(generation_config or {})},

@@ -15,21 +15,22 @@ import torch
 from accelerate import init_empty_weights
 
 from armm.decoding.next_token import NextTokenDecoding
-from armm.hub import fetch_snapshot, resolve_file
 from armm.model import AutoregressiveModel
 from armm.multimodal_model import MultimodalModel
 from tokenizers_visual.vision_encoder import VisionEncoder
 from tokenizers_visual.vq_tokenizer import VQTokenizer
 
 from . import llama, llamagen
-from .containers import CheckpointKeysError, CheckpointShapeError, UnreadableCheckpointError, load_state_dict
-from .facts import compare, count, read_mapping, shape
+from .containers import CheckpointKeysError, CheckpointShapeError
+from .facts import compare, count, dtype_of, read_mapping, read_options, shape, split_prefix
+from .folders import load_folder, read_beside, resolve_folder_or_file
 from .keymap import Rule, apply_rules, load_strict
 
 # Attention heads of the vision transformers by width; config.json names them only ("siglip_large_patch16_384").
 VISION_HEADS = {1024: 16, 1152: 16}
 OPTIONS = {"grid", "vision", "language", "tokenizer", "special_ids"}
 
+VISION = "vision_model."
 _TOWER, _BLOCK = "vision_model.vision_tower.", "vision_model.vision_tower.blocks.{i}."
 VISION_RULES: tuple[Rule, ...] = (
     Rule(_TOWER + "pos_embed", "vit.pos_embed"),
@@ -87,30 +88,28 @@ def load_single_file(
         tokenizer: not used; images are coded by the tokenizer inside the checkpoint.
         hub_options: `revision`, `cache_dir`, `local_files_only`, `token` for files on the hub.
     """
-    folder, file = _locate(path, hub_options)
-    published = _published_config(folder)
-    options = read_mapping(config)
-    unknown = sorted(set(options) - OPTIONS)
-    if unknown:
-        raise ValueError(f"unknown `config` options {', '.join(unknown)}: choose from {', '.join(sorted(OPTIONS))}.")
-    state = _load(file)
-    tower = {name: tensor for name, tensor in state.items() if name.startswith("vision_model.")}
-    coder = {name[len(TOKENIZER) :]: tensor for name, tensor in state.items() if name.startswith(TOKENIZER)}
-    rest = {name: tensor for name, tensor in state.items() if name not in tower and not name.startswith(TOKENIZER)}
+    found = resolve_folder_or_file(path, **hub_options)
+    published = _published_config(found)
+    options = read_options(config, {}, OPTIONS)
+    coder, others = split_prefix(load_folder(found), TOKENIZER)
+    tower = {name: tensor for name, tensor in others.items() if name.startswith(VISION)}
+    rest = {name: tensor for name, tensor in others.items() if name not in tower}
     if text_tokenizer is None:
-        text_tokenizer = _load_text_tokenizer(folder)
-    preprocessing = _read_json(folder / "preprocessor_config.json")
-    processing = _read_json(folder / "processor_config.json")
+        text_tokenizer = _load_text_tokenizer(found if found.is_dir() else found.parent)
     return {
-        "tokenizer": _tokenizer(coder, options.get("tokenizer"), llamagen.dtype_of(dtype, "tokenizer")),
-        "transformer": _model(rest, published, options, llamagen.dtype_of(dtype, "transformer")),
+        "tokenizer": _tokenizer(coder, options.get("tokenizer"), dtype_of(dtype, "tokenizer")),
+        "transformer": _model(rest, published, options, dtype_of(dtype, "transformer")),
         "image_encoder": _vision(
-            tower, published, preprocessing, options.get("vision"), llamagen.dtype_of(dtype, "image_encoder")
+            tower,
+            published,
+            read_beside(found, "preprocessor_config.json"),
+            options.get("vision"),
+            dtype_of(dtype, "image_encoder"),
         ),
         "decoding": NextTokenDecoding(),
         "text_tokenizer": text_tokenizer,
         "special_ids": options.get("special_ids"),
-        "template": processing.get("sft_format", "deepseek"),
+        "template": read_beside(found, "processor_config.json").get("sft_format", "deepseek"),
         "generation_config": dict(generation_config or {}),
     }
 
@@ -118,55 +117,12 @@ def load_single_file(
 # ---------------------------------------------------------------------- files
 
 
-def _locate(path: Any, hub_options: Mapping[str, Any]) -> tuple[Path, Path]:
-    """The folder of the checkpoint and the file, or index of files, with its weights."""
-    text = str(path)
-    found = Path(text)
-    if not found.exists() and text.count("/") == 1 and not text.startswith((".", "/", "~")):
-        found = fetch_snapshot(text, **dict(hub_options))
-    if not found.is_dir():
-        file = resolve_file(path, **dict(hub_options))
-        return file.parent, file
-    for name in (
-        "pytorch_model.bin",
-        "pytorch_model.bin.index.json",
-        "model.safetensors",
-        "model.safetensors.index.json",
-    ):
-        if (found / name).is_file():
-            return found, found / name
-    raise UnreadableCheckpointError(
-        f"{found} holds no pytorch_model.bin (nor its .index.json, nor model.safetensors): it is no folder of Janus."
-    )
-
-
-def _load(file: Path) -> dict[str, torch.Tensor]:
-    if file.suffix != ".json":
-        return load_state_dict(file)
-    index = _read_json(file).get("weight_map")
-    if not isinstance(index, dict) or not index:
-        raise UnreadableCheckpointError(f"{file} has no `weight_map`: it does not say where the tensors are.")
-    state: dict[str, torch.Tensor] = {}
-    for shard in sorted(set(index.values())):
-        if Path(shard).name != shard:
-            raise UnreadableCheckpointError(f"{file} names {shard!r}: shards must lie beside it.")
-        state |= load_state_dict(file.parent / shard)
-    missing = sorted(set(index) - set(state))
-    if missing:
-        raise CheckpointKeysError(f"the shards lack {', '.join(missing[:8])}.", missing=missing)
-    return state
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return read_mapping(path) if path.is_file() else {}
-
-
-def _published_config(folder: Path) -> dict[str, Any]:
+def _published_config(found: Path) -> dict[str, Any]:
     """The authors' config.json, whose blocks are `{"cls", "params"}` and `language_config`."""
-    config = _read_json(folder / "config.json")
+    config = read_beside(found)
     kind = config.get("model_type", "multi_modality")
     if kind != "multi_modality":
-        raise ValueError(f"{folder / 'config.json'} is of a {kind!r} model, not of Janus in its authors' layout.")
+        raise ValueError(f"the config.json of {found} is of a {kind!r} model, not of Janus in its authors' layout.")
     return config
 
 
@@ -189,8 +145,6 @@ def _load_text_tokenizer(folder: Path) -> Any:
 
 
 def _tokenizer(coder: Mapping[str, torch.Tensor], options: Any, dtype: torch.dtype | None) -> VQTokenizer:
-    if not coder:
-        raise CheckpointKeysError(f"the checkpoint lacks {TOKENIZER}*.", missing=[f"{TOKENIZER}*"])
     model = llamagen.convert_state_dict(coder, config=options, dtype=dtype)
     assert isinstance(model, VQTokenizer)
     return model

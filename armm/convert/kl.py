@@ -93,7 +93,15 @@ def arguments_of(state: Mapping[str, torch.Tensor], options: Mapping[str, Any]) 
 def load_tokenizer(
     source: Any, *, config: Any = None, dtype: torch.dtype | None = None, **hub_options: Any
 ) -> KLTokenizer:
-    """The autoencoder in the authors' file (or behind the link) `source`; a `KLTokenizer` is handed through."""
+    """The autoencoder in the authors' file (or behind the link) `source`; a `KLTokenizer` is handed through.
+
+    Raises:
+        ValueError: `source` is None.
+    """
+    if source is None:
+        raise ValueError(
+            "the file holds no tokenizer: pass MAR's autoencoder as `tokenizer=` (published as kl16.ckpt), or a `KLTokenizer`."
+        )
     if isinstance(source, KLTokenizer):
         return source
     return convert(resolve_file(source, **hub_options), config=config, dtype=dtype)

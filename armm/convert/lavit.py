@@ -17,10 +17,9 @@ from tokenizers_visual.lavit_decoder import LaVITDecoder
 
 from . import lavit_tokenizer, llama
 from .containers import CheckpointKeysError, UnreadableCheckpointError, load_state_dict
-from .facts import read_options
+from .facts import dtype_of, read_options
 from .folders import load_folder, resolve_folder_or_file
 from .keymap import apply_rules, load_strict
-from .llamagen import dtype_of
 from .words import llama_options, load_words, published_options
 
 TOKENIZER_FILE, VISION_FILE, READING_FILE = "tokenizer_encoder.bin", "eva_vitg_psz14.bin", "visual_weight.bin"

@@ -25,7 +25,7 @@ from tokenizers_visual.vq_tokenizer import VQTokenizer
 from .containers import CheckpointKeysError, CheckpointShapeError, load_state_dict
 from .facts import compare as _compare
 from .facts import count as _count
-from .facts import read_options
+from .facts import dtype_of, read_options
 from .facts import shape as _shape
 from .keymap import Rule, apply_rules, load_strict, split_qkv, squeeze_convolution
 
@@ -273,19 +273,27 @@ def tokenizer_arguments(state: Mapping[str, torch.Tensor], options: Mapping[str,
     return {**found, "l2_normalize": bool(options.get("l2_normalize", True))}
 
 
+def given_grid(options: Mapping[str, Any]) -> tuple[int, int] | None:
+    """(height, width) in tokens of the images that `grid` or `block_size` of `config` say; None where neither is given."""
+    if "grid" in options:
+        return AutoregressiveModel.check_grid(options["grid"])
+    if "block_size" not in options:
+        return None
+    tokens = options["block_size"]
+    side = math.isqrt(tokens) if isinstance(tokens, int) and tokens > 0 else 0
+    if side * side != tokens or not side:
+        raise ValueError(
+            f"`block_size` must be the number of tokens of a square image, got {tokens!r}; use `grid` for others."
+        )
+    return (side, side)
+
+
 def grid_of(path: Any, options: Mapping[str, Any]) -> tuple[int, int]:
     """(height, width) in tokens of the images a transformer was trained on: from `config`, else from the name of its file, where
     the authors write the size in pixels (16 for each token), else 16 x 16."""
-    if "grid" in options:
-        return AutoregressiveModel.check_grid(options["grid"])
-    if "block_size" in options:
-        tokens = options["block_size"]
-        side = math.isqrt(tokens) if isinstance(tokens, int) and tokens > 0 else 0
-        if side * side != tokens or not side:
-            raise ValueError(
-                f"`block_size` must be the number of tokens of a square image, got {tokens!r}; use `grid` for others."
-            )
-        return (side, side)
+    given = given_grid(options)
+    if given is not None:
+        return given
     named = re.search(r"_(\d{3,4})\.\w+$", Path(str(path)).name)
     if named and int(named[1]) % 16 == 0:
         return (int(named[1]) // 16, int(named[1]) // 16)
@@ -344,11 +352,6 @@ def load_tokenizer(
     if not isinstance(tokenizer, VQTokenizer):
         raise ValueError(f"`tokenizer` {source} holds a transformer, not a tokenizer.")
     return tokenizer
-
-
-def dtype_of(dtype: torch.dtype | dict[str, torch.dtype] | None, name: str) -> torch.dtype | None:
-    """The dtype of the component `name`, where a dict names components and "default"."""
-    return dtype.get(name, dtype.get("default")) if isinstance(dtype, dict) else dtype
 
 
 def preset_of(transformer: AutoregressiveModel) -> dict[str, Any]:

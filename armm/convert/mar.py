@@ -18,7 +18,7 @@ from armm.hub import resolve_file
 from armm.masked_latent_model import MaskedLatentModel
 
 from .containers import EMA_KEYS, CheckpointKeysError, CheckpointShapeError, load_state_dict
-from .facts import compare, count, read_options, shape
+from .facts import compare, count, dtype_of, read_options, shape
 from .keymap import Rule, apply_rules, load_strict, split_thirds
 from .kl import load_tokenizer
 
@@ -279,16 +279,13 @@ def load_single_file(
         use_ema: take the moving average where the file has one.
         hub_options: `revision`, `cache_dir`, `local_files_only`, `token` for files on the hub.
     """
-
-    def dtype_of(name: str) -> torch.dtype | None:
-        return dtype.get(name, dtype.get("default")) if isinstance(dtype, dict) else dtype
-
-    if tokenizer is None:
-        raise ValueError("`tokenizer` is missing: pass the autoencoder's file, `kl16.ckpt`, or a `KLTokenizer`.")
-    model = convert(resolve_file(path, **hub_options), config=config, dtype=dtype_of("transformer"), use_ema=use_ema)
+    coder = load_tokenizer(tokenizer, config=tokenizer_config, dtype=dtype_of(dtype, "tokenizer"), **hub_options)
+    model = convert(
+        resolve_file(path, **hub_options), config=config, dtype=dtype_of(dtype, "transformer"), use_ema=use_ema
+    )
     head_steps = read_options(config, OPTION_NAMES, OPTIONS).get("head_steps", 100)
     return {
-        "tokenizer": load_tokenizer(tokenizer, config=tokenizer_config, dtype=dtype_of("tokenizer"), **hub_options),
+        "tokenizer": coder,
         "transformer": model,
         "decoding": MaskedLatentDecoding(head_steps=int(head_steps) if str(head_steps).isdigit() else head_steps),
         "generation_config": {**PRESETS.get(model.encoder.dim, {}), **(generation_config or {})},

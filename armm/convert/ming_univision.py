@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,10 +18,10 @@ from accelerate import init_empty_weights
 from armm.decoding.next_latent import NextLatentDecoding
 from armm.multimodal_model import MultimodalModel
 
-from . import llamagen, mingtok
-from .containers import CheckpointKeysError, CheckpointShapeError, load_state_dict
-from .facts import compare, count, read_mapping, shape
-from .folders import load_folder, read_json, resolve_folder_or_file
+from . import mingtok
+from .containers import CheckpointKeysError, CheckpointShapeError
+from .facts import compare, count, dtype_of, read_options, shape, split_prefix
+from .folders import load_folder, read_beside, resolve_folder_or_file
 from .keymap import Rule, apply_rules, load_strict, split_qkv
 
 logger = logging.getLogger(__name__)
@@ -113,22 +112,11 @@ def load_single_file(
     from pipelines.bpe import BPETokenizer
 
     found = resolve_folder_or_file(path, **hub_options)
-    folder = Path(found if found.is_dir() else found.parent)
-    published = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    given = read_mapping(config)
-    unknown = sorted(set(given) - OPTIONS)
-    if unknown:
-        raise ValueError(f"unknown `config` options {', '.join(unknown)}: choose from {', '.join(sorted(OPTIONS))}.")
-    published = {**published, **given}
+    published = {**read_beside(found), **read_options(config, {}, OPTIONS)}
     # The language model's part stands in a block of its own, or the whole file is about it.
     language = {**DEFAULTS, **(published.get("llm_config") or published)}
-    state = load_folder(found) if found.is_dir() else load_state_dict(found)
-    coder = {name[len(TOKENIZER) :]: tensor for name, tensor in state.items() if name.startswith(TOKENIZER)}
-    rest = {name: tensor for name, tensor in state.items() if not name.startswith(TOKENIZER)}
-    if not coder:
-        raise CheckpointKeysError(
-            f"the checkpoint lacks {TOKENIZER}*: it is no Ming-UniVision.", missing=[f"{TOKENIZER}*"]
-        )
+    coder, rest = split_prefix(load_folder(found), TOKENIZER)
+    folder = found if found.is_dir() else found.parent
     if text_tokenizer is None and (folder / "tokenizer.json").is_file():
         text_tokenizer = BPETokenizer.from_file(folder / "tokenizer.json")
     head = dict(published.get("vishead_diffloss_config") or {})
@@ -138,9 +126,9 @@ def load_single_file(
     ids = {name: value for name, value in ids.items() if value < words}
     return {
         "tokenizer": mingtok.convert_state_dict(
-            coder, config=published.get("mingtok_config"), dtype=llamagen.dtype_of(dtype, "tokenizer")
+            coder, config=published.get("mingtok_config"), dtype=dtype_of(dtype, "tokenizer")
         ),
-        "transformer": _model(rest, language, head, published.get("grid"), llamagen.dtype_of(dtype, "transformer")),
+        "transformer": _model(rest, language, head, published.get("grid"), dtype_of(dtype, "transformer")),
         "decoding": NextLatentDecoding(),
         "text_tokenizer": text_tokenizer,
         "special_ids": {**ids, **(published.get("special_ids") or {})},

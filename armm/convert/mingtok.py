@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from tokenizers_visual.mingtok import MingTokTokenizer
 
 from .containers import CheckpointKeysError, CheckpointShapeError, load_state_dict
 from .facts import compare, count, read_mapping, shape
-from .folders import load_folder, read_json, resolve_folder_or_file
+from .folders import load_folder, read_beside, resolve_folder_or_file
 from .keymap import Rule, apply_rules, load_strict, split_thirds
 from .mar import head_rules, rows
 
@@ -115,15 +114,9 @@ def convert(
         hub_options: of the hub.
     """
     found = resolve_folder_or_file(path, **hub_options)
-    published = {}
-    if found.is_dir():
-        published = read_json(found / "config.json") if (found / "config.json").is_file() else {}
-        state = load_folder(found)
-    else:
-        beside = Path(found).parent / "config.json"
-        if found.suffix == ".safetensors" and beside.is_file():
-            published = read_json(beside)
-        state = load_state_dict(found, use_ema=use_ema)
+    # Beside a training pickle lies the config.json of something else.
+    published = read_beside(found) if found.is_dir() or found.suffix == ".safetensors" else {}
+    state = load_folder(found, use_ema=use_ema)
     if "net.input_proj.weight" in state:
         raise CheckpointKeysError(
             f"{found} holds a flow head, not a tokenizer: read it with `armm.convert.mingtok.convert_head`."

@@ -19,7 +19,7 @@ from armm.model import AutoregressiveModel
 
 from . import llamagen
 from .containers import CheckpointKeysError, load_arguments, load_state_dict
-from .facts import compare, count, read_options, shape
+from .facts import compare, count, dtype_of, read_options, shape
 from .keymap import Rule, apply_rules, load_strict
 
 # (width, layers without the extra blocks) -> heads.
@@ -59,7 +59,11 @@ def convert(
 
 
 def convert_state_dict(
-    state: Mapping[str, torch.Tensor], *, config: Any = None, dtype: torch.dtype | None = None, name: Any = "the checkpoint"
+    state: Mapping[str, torch.Tensor],
+    *,
+    config: Any = None,
+    dtype: torch.dtype | None = None,
+    name: Any = "the checkpoint",
 ) -> AutoregressiveModel:
     """Like `convert`, from tensors under the authors' names. `name` is the file's, which may say the size of the images."""
     options = read_options(config, _OPTION_NAMES, _OPTIONS)
@@ -140,7 +144,9 @@ def _drop_batch(tensor: torch.Tensor, context: Mapping[str, Any]) -> torch.Tenso
 def _extra_layers(state: Mapping[str, torch.Tensor], options: Mapping[str, Any]) -> int:
     extra, layers = options.get("extra_layers", 1), count(state, r"layers\.(\d+)\.")
     if not isinstance(extra, int) or not 1 <= extra < layers:
-        raise ValueError(f"`extra_layers` must lie between 1 and {layers - 1} for a file of {layers} blocks, got {extra!r}.")
+        raise ValueError(
+            f"`extra_layers` must lie between 1 and {layers - 1} for a file of {layers} blocks, got {extra!r}."
+        )
     return extra
 
 
@@ -173,10 +179,10 @@ def load_single_file(
     The tokenizer of an image model is LlamaGen's, that of a video model LARP's.
     """
     transformer = convert(
-        resolve_file(path, **hub_options), config=config, dtype=llamagen.dtype_of(dtype, "transformer"), use_ema=use_ema
+        resolve_file(path, **hub_options), config=config, dtype=dtype_of(dtype, "transformer"), use_ema=use_ema
     )
     return {
-        "tokenizer": _tokenizer(transformer, tokenizer, tokenizer_config, llamagen.dtype_of(dtype, "tokenizer"), hub_options),
+        "tokenizer": _tokenizer(transformer, tokenizer, tokenizer_config, dtype_of(dtype, "tokenizer"), hub_options),
         "transformer": transformer,
         "decoding": NeighboringDecoding(),
         "text_encoder": text_encoder,
@@ -185,7 +191,9 @@ def load_single_file(
     }
 
 
-def _tokenizer(model: AutoregressiveModel, source: Any, config: Any, dtype: torch.dtype | None, hub_options: dict) -> Any:
+def _tokenizer(
+    model: AutoregressiveModel, source: Any, config: Any, dtype: torch.dtype | None, hub_options: dict
+) -> Any:
     if isinstance(source, torch.nn.Module):
         return source
     if len(model.grid) == 2:

@@ -14,7 +14,7 @@ from armm.model import AutoregressiveModel
 
 from . import llamagen
 from .containers import CheckpointKeysError, CheckpointShapeError, load_state_dict
-from .facts import compare, read_options, shape
+from .facts import compare, dtype_of, read_options, shape
 from .keymap import Rule, apply_rules, load_strict
 
 _TRANSITION = "spe_tok_embeddings.special_embeddings.weight"
@@ -46,11 +46,8 @@ def convert(
     compare(options, {"transition_tokens": tokens, "group_size": tokens + 1})
     shared = {name: value for name, value in options.items() if name in llamagen.TRANSFORMER_OPTIONS}
     arguments = llamagen.transformer_arguments(state, shared)
-    known = "grid" in shared or "block_size" in shared
     with init_empty_weights():
-        model = AutoregressiveModel(
-            **arguments, grid=llamagen.grid_of(path, shared) if known else (24, 24), transition_tokens=tokens
-        )
+        model = AutoregressiveModel(**arguments, grid=llamagen.given_grid(shared) or (24, 24), transition_tokens=tokens)
     context = {"qkv_rows": llamagen.qkv_rows(arguments["transformer"])}
     return load_strict(model, apply_rules(state, TRANSFORMER_RULES, context), TRANSFORMER_RULES, dtype=dtype)
 
@@ -68,12 +65,12 @@ def load_single_file(
 ) -> dict[str, Any]:
     """The components of a `PARPipeline` from the authors' files; arguments as in `armm.convert.llamagen.load_single_file`."""
     transformer = convert(
-        resolve_file(path, **hub_options), config=config, dtype=llamagen.dtype_of(dtype, "transformer"), use_ema=use_ema
+        resolve_file(path, **hub_options), config=config, dtype=dtype_of(dtype, "transformer"), use_ema=use_ema
     )
     preset = {"guidance_scale": 1.5, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
     return {
         "tokenizer": llamagen.load_tokenizer(
-            tokenizer, config=tokenizer_config, dtype=llamagen.dtype_of(dtype, "tokenizer"), **hub_options
+            tokenizer, config=tokenizer_config, dtype=dtype_of(dtype, "tokenizer"), **hub_options
         ),
         "transformer": transformer,
         "decoding": ParallelGroupsDecoding(math.isqrt(transformer.transition_tokens.num_embeddings + 1)),

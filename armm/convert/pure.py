@@ -9,6 +9,7 @@ import torch
 
 from . import llamagen
 from .chameleon import convert, load_components
+from .facts import dtype_of
 
 __all__ = ["convert", "load_single_file"]
 
@@ -37,9 +38,7 @@ def load_single_file(
     hub = {
         name: options[name] for name in ("cache_dir", "local_files_only", "force_download", "token") if name in options
     }
-    codes = llamagen.load_tokenizer(
-        tokenizer, config=tokenizer_config, dtype=llamagen.dtype_of(dtype, "tokenizer"), **hub
-    )
+    codes = llamagen.load_tokenizer(tokenizer, config=tokenizer_config, dtype=dtype_of(dtype, "tokenizer"), **hub)
     if revision is not None:
         options["revision"] = revision
     # One unit is 32 pixels for all models of the family.

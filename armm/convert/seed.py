@@ -21,10 +21,9 @@ from tokenizers_visual.seed import SEEDTokenizer
 
 from . import llama, seed_tokenizer
 from .containers import CheckpointKeysError, load_state_dict
-from .facts import read_options
+from .facts import dtype_of, read_options
 from .folders import load_folder, resolve_folder_or_file
 from .keymap import apply_rules, load_strict
-from .llamagen import dtype_of
 from .words import llama_options, load_words, published_options
 
 TOKENIZER_FILE = "seed_quantizer.pt"
@@ -48,7 +47,7 @@ def convert(
     path = Path(path)
     if path.is_dir() and (path / TOKENIZER_FILE).is_file():
         path = path / TOKENIZER_FILE
-    state = load_folder(path) if path.is_dir() else load_state_dict(path, use_ema=use_ema)
+    state = load_folder(path, use_ema=use_ema)
     if "quantize.embedding.weight" in state:
         return _tokenizer(path, state, config, vision, dtype)
     if "model.embed_tokens.weight" not in state:

@@ -22,7 +22,7 @@ from tokenizers_visual.multi_scale import check_scales
 from tokenizers_visual.multi_scale_tokenizer import MultiScaleVQTokenizer
 
 from .containers import CheckpointKeysError, CheckpointShapeError, load_state_dict
-from .facts import compare, count, read_options, shape
+from .facts import compare, count, dtype_of, read_options, shape
 from .keymap import Rule, apply_rules, load_strict, split_qkv
 from .taming import coder_rules, coder_sizes
 
@@ -234,7 +234,11 @@ def scales_of(state: Mapping[str, torch.Tensor], options: Mapping[str, Any]) -> 
     if "lvl_1L" in state:
         sizes = torch.bincount(state["lvl_1L"].flatten().long(), minlength=levels).tolist()
         sides = [math.isqrt(size) for size in sizes]
-        if len(sizes) != levels or sum(sizes) != tokens or any(side * side != n for side, n in zip(sides, sizes, strict=True)):
+        if (
+            len(sizes) != levels
+            or sum(sizes) != tokens
+            or any(side * side != n for side, n in zip(sides, sizes, strict=True))
+        ):
             raise CheckpointShapeError(
                 f"lvl_1L counts {sizes} tokens on its scales: expected {levels} square numbers that add up to {tokens}."
             )
@@ -282,7 +286,9 @@ def tokenizer_arguments(state: Mapping[str, torch.Tensor], options: Mapping[str,
     compare(options, found)
     ratio = abs(float(options.get("residual_ratio", 0.5))) if refined else 0.0
     if refined and not ratio:
-        raise CheckpointShapeError("`config` says residual_ratio = 0, but the file has the convolutions of another ratio.")
+        raise CheckpointShapeError(
+            "`config` says residual_ratio = 0, but the file has the convolutions of another ratio."
+        )
     found.setdefault("shared_refiners", 0)
     return {**found, "scales": list(scales), "residual_ratio": ratio, "cosine": bool(options.get("cosine", False))}
 
@@ -309,15 +315,11 @@ def load_single_file(
         generation_config: settings that replace the notebook's.
         hub_options: `revision`, `cache_dir`, `local_files_only`, `token` for files on the hub.
     """
-
-    def dtype_of(name: str) -> torch.dtype | None:
-        return dtype.get(name, dtype.get("default")) if isinstance(dtype, dict) else dtype
-
     local = resolve_file(path, **hub_options)
     state = load_state_dict(local, use_ema=use_ema, keys=TRAINER_KEYS["transformer"])
     if "quantize.embedding.weight" in state:
         raise ValueError(f"{path} holds a tokenizer, not a transformer: pass it as `tokenizer=`.")
-    transformer = convert_state_dict(state, config=config, dtype=dtype_of("transformer"))
+    transformer = convert_state_dict(state, config=config, dtype=dtype_of(dtype, "transformer"))
     if not isinstance(tokenizer, MultiScaleVQTokenizer):
         source = path if tokenizer is None else tokenizer
         file = local if tokenizer is None else resolve_file(tokenizer, **hub_options)
@@ -327,7 +329,7 @@ def load_single_file(
             raise ValueError(f"{source} holds no tokenizer: {way} (published as vae_ch160v4096z32.pth).")
         options = read_options(tokenizer_config, _TOKENIZER_NAMES, _TOKENIZER_OPTIONS)
         options.setdefault("scales", list(transformer.scales))
-        tokenizer = convert_state_dict(state, config=options, dtype=dtype_of("tokenizer"))
+        tokenizer = convert_state_dict(state, config=options, dtype=dtype_of(dtype, "tokenizer"))
     return {
         "tokenizer": tokenizer,
         "transformer": transformer,

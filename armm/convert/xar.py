@@ -17,10 +17,9 @@ from armm.decoding.entities import EntityPlan
 from armm.decoding.next_x import NextXDecoding
 from armm.hub import resolve_file
 from armm.next_x_model import NextXModel
-from tokenizers_visual.kl_tokenizer import KLTokenizer
 
 from .containers import CheckpointKeysError, CheckpointShapeError, load_state_dict
-from .facts import compare, count, read_options, shape
+from .facts import compare, count, dtype_of, read_options, shape
 from .keymap import Rule, apply_rules, load_strict, split_thirds
 from .kl import load_tokenizer
 
@@ -263,26 +262,13 @@ def load_single_file(
         use_ema: take the moving average of a trainer's file.
         hub_options: `revision`, `cache_dir`, `local_files_only`, `token` for files on the hub.
     """
+    coder = load_tokenizer(tokenizer, config=tokenizer_config, dtype=dtype_of(dtype, "tokenizer"), **hub_options)
     state = load_state_dict(resolve_file(path, **hub_options), use_ema=use_ema)
     model, decoding = convert_state_dict(state, config=config, dtype=dtype_of(dtype, "transformer"))
     preset = PRESETS.get(model.trunk.num_layers // 2, {})
     return {
-        "tokenizer": kl_tokenizer(tokenizer, tokenizer_config, dtype_of(dtype, "tokenizer"), **hub_options),
+        "tokenizer": coder,
         "transformer": model,
         "decoding": decoding,
         "generation_config": {**preset, **(generation_config or {})},
     }
-
-
-def dtype_of(dtype: torch.dtype | dict[str, torch.dtype] | None, name: str) -> torch.dtype | None:
-    """The dtype of one component."""
-    return dtype.get(name, dtype.get("default")) if isinstance(dtype, dict) else dtype
-
-
-def kl_tokenizer(source: Any, config: Any = None, dtype: torch.dtype | None = None, **hub_options: Any) -> KLTokenizer:
-    """The tokenizer of a pipeline; a ValueError where none is given."""
-    if source is None:
-        raise ValueError(
-            "the file holds no tokenizer: pass MAR's autoencoder as `tokenizer=` (published as kl16.ckpt), or a KLTokenizer."
-        )
-    return load_tokenizer(source, config=config, dtype=dtype, **hub_options)

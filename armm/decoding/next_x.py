@@ -70,6 +70,14 @@ class NextXDecoding(SchedulerMixin, ConfigMixin):
         """The entities of a grid (height, width); a ValueError where they do not divide it."""
         return EntityPlan.of(self.config.entity, tuple(grid), self.config.size)
 
+    def groups(self, grid: Sequence[int]) -> list[Tensor]:
+        """The raster cells that each entity is the first to draw: of scales the first one draws all."""
+        plan = self.plan(grid)
+        if plan.factors:
+            cells = torch.arange(plan.grid[0] * plan.grid[1])
+            return [cells, *(cells[:0] for _ in plan.sizes[1:])]
+        return list(plan.index.split(plan.sizes))
+
     def steps(self, grid: Sequence[int], num_steps: int = 50, annealing: StepAnnealing | None = None) -> list[int]:
         """Steps of the solver for every entity."""
         return solver_steps(len(self.plan(grid).sizes), num_steps, annealing)

@@ -143,7 +143,7 @@ def _generate_tab(gr: Any, studio: Studio, handlers: Handlers) -> dict[str, Any]
     gallery.select(choose, None, chosen, queue=False, api_name=False)
     dice.click(lambda: random.randrange(10_000), None, seed, queue=False, api_name=False)
     decoding.change(
-        handlers.accelerators, [decoding, acceleration], [acceleration, window], queue=False, api_name=False
+        handlers.fitting, [decoding, acceleration], [acceleration, window, candidates], queue=False, api_name=False
     )
     acceleration.change(
         lambda name: gr.update(visible=name != PLAIN), acceleration, window, queue=False, api_name=False

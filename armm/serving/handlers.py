@@ -77,7 +77,7 @@ class Handlers:
             prompt,
             seed=whole(seed),
             count=whole(count),
-            candidates=whole(candidates),
+            candidates=whole(candidates) if self.studio.judges(decoding) else None,
             guidance_scale=guidance,
             decoding=decoding,
             acceleration=None if acceleration == PLAIN else acceleration,
@@ -177,11 +177,15 @@ class Handlers:
                     gr.update(value=look.facts(facts), visible=True),
                 )
 
-    def accelerators(self, decoding: str, chosen: str) -> tuple[Any, Any]:
-        """The accelerations that go with a decoding -> chooser, window."""
+    def fitting(self, decoding: str, chosen: str) -> tuple[Any, Any, Any]:
+        """What goes with a decoding, of which the acceleration `chosen` may be -> chooser of accelerations, window, candidates."""
         import gradio as gr
 
         fitting = [PLAIN, *self.studio.accelerations(decoding)]
         info = ACCELERATOR_INFO if len(fitting) > 1 else "None goes with this decoding."
         chosen = chosen if chosen in fitting else PLAIN
-        return gr.update(choices=fitting, value=chosen, info=info), gr.update(visible=chosen != PLAIN)
+        return (
+            gr.update(choices=fitting, value=chosen, info=info),
+            gr.update(visible=chosen != PLAIN),
+            gr.update(visible=self.studio.judges(decoding)),
+        )

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ from armm.decoding.speculative import (
 from armm.explain import Explanation
 from armm.serving.live import Pace, Show, live
 from pipelines import UnifiedImageToTextPipeline, UnifiedInpaintPipeline, UnifiedTextToImagePipeline, decodings, loading
-from pipelines.preview import known_so_far, partial_images
+from pipelines.preview import known_so_far, partial_images, progress
+from pipelines.shipped import task_decodings, task_pipeline
 
 __all__ = ["ACCELERATIONS", "Drawing", "Preview", "Studio", "painted_mask"]
 
@@ -71,24 +73,24 @@ class _Watch:
 
     show: Show
     stop: threading.Event
-    preview: Callable[[torch.Tensor], torch.Tensor]
+    preview: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]  # -> tokens, where they are known
     tokenizer: Any
     grid: tuple[int, int]
+    calls_in_all: int = 0  # without acceleration
     pace: Pace = field(default_factory=Pace)
     calls: int = 0
     stopped: bool = False
 
     def __call__(self, pipe: Any, step: int, timestep: int, tensors: dict[str, Any]) -> dict[str, Any]:
-        self.calls += 1
+        self.calls += max(self.calls_in_all // pipe.num_timesteps, 1)  # a step may be many of a solver
         if self.stop.is_set():
             pipe._interrupt = self.stopped = True
             return {}
         if self.pace.due:
             with self.pace:
-                ids = self.preview(tensors["latents"])
-                known = int((ids >= 0).sum(1).min())
-                images = partial_images(self.tokenizer, ids[:MAX_SHOWN], self.grid, PREVIEW_SIZE)
-                self.show(Preview(images, self.calls, known, ids.shape[1]))
+                tokens, known = (part[:MAX_SHOWN] for part in self.preview(tensors["latents"]))
+                images = partial_images(self.tokenizer, tokens, self.grid, PREVIEW_SIZE, known)
+                self.show(Preview(images, self.calls, int(known.sum(1).min()), known.shape[1]))
         return {}
 
 
@@ -96,7 +98,8 @@ class Studio:
     """A checkpoint that draws, reads and repaints. One piece of work runs at a time; the others wait.
 
     Args:
-        folder: a directory of a unified model, such as `weights/scenes` or the `export/` of a training run; None is the shipped one.
+        folder: a directory of a unified model, such as `weights/scenes` or the `export/` of a training run; None is the shipped one,
+            which draws with all decodings of the shipped weights.
         device, dtype: to run on, and to compute in.
 
     Raises:
@@ -108,8 +111,13 @@ class Studio:
         if not self.folder.is_dir():
             raise FileNotFoundError(f"no folder {str(self.folder)!r}: give a directory written by `save_pretrained`")
         self.device, self.dtype = torch.device(device), dtype or torch.float32
-        self.decodings = decodings.offered(self.folder, loading.read_index(self.folder))
-        self._drawers: dict[str, UnifiedTextToImagePipeline] = {}
+        self._shipped = folder is None
+        self.decodings = (
+            task_decodings("text-to-image")
+            if folder is None
+            else decodings.offered(self.folder, loading.read_index(self.folder))
+        )
+        self._drawers: dict[str, Any] = {}
         self._lock = threading.Lock()
         self._stops: dict[str, threading.Event] = {}
         own = self.drawer(self.decodings[0])
@@ -122,13 +130,16 @@ class Studio:
         for pipe in (self.reader, self.painter):
             pipe.set_progress_bar_config(disable=True)
 
-    def drawer(self, decoding: str) -> UnifiedTextToImagePipeline:
+    def drawer(self, decoding: str) -> Any:
         """The pipeline that draws with `decoding`, loaded when it is first asked for."""
         if decoding not in self._drawers:
             options: dict[str, Any] = {"decoding": decoding, "dtype": self.dtype}
-            pipe = UnifiedTextToImagePipeline.from_pretrained(self.folder, **options).to(self.device)
+            if self._shipped:
+                pipe = task_pipeline("text-to-image", **options)
+            else:
+                pipe = UnifiedTextToImagePipeline.from_pretrained(self.folder, **options)
             pipe.set_progress_bar_config(disable=True)
-            self._drawers[decoding] = pipe  # type: ignore[assignment]
+            self._drawers[decoding] = pipe.to(self.device)
         return self._drawers[decoding]
 
     # ------------------------------------------------------------------ facts for the page
@@ -146,14 +157,24 @@ class Studio:
     def calls(self, decoding: str) -> int:
         """Calls of the transformer that a picture takes without acceleration."""
         pipe = self.drawer(decoding)
-        return pipe.decoding.num_calls(pipe.transformer.grid)
+        settings, grid = pipe.generation_config, pipe.transformer.grid
+        if "num_flow_steps" in settings:
+            return pipe.decoding.num_calls(grid, settings["num_flow_steps"])
+        return settings["num_inference_steps"] if "num_inference_steps" in settings else pipe.decoding.num_calls(grid)
+
+    def judges(self, decoding: str) -> bool:
+        """Whether the model that draws with a decoding can choose among candidates."""
+        return "num_candidates" in self.drawer(decoding).generation_settings
 
     def accelerations(self, decoding: str) -> list[str]:
         """Names of the accelerations that go with a decoding."""
-        fitting = []
+        fitting, pipe = [], self.drawer(decoding)
         for name, kind in ACCELERATIONS.items():
+            acceleration = kind()
+            if not isinstance(acceleration, pipe._accelerations):
+                continue
             try:
-                kind().check(self.drawer(decoding))
+                acceleration.check(pipe)
             except ValueError:
                 continue
             fitting.append(name)
@@ -196,7 +217,8 @@ class Studio:
 
         Args:
             seed: picture number i has the seed `seed` + i, as with `armm generate`.
-            count, candidates: pictures, and how many are drawn for each of them; None is the checkpoint's own number.
+            count, candidates: pictures, and how many are drawn for each of them; None is the checkpoint's own number. Only where the
+                decoding `judges`.
             decoding: one of `decodings`. acceleration: one of `accelerations(decoding)`, or None.
             window: of the acceleration, tokens that one call looks at.
             session: whose drawing it is, for `stop`.
@@ -211,7 +233,10 @@ class Studio:
             pipe = self.drawer(decoding)
             grid = pipe.transformer.grid
             tokens = grid[0] * grid[1]
-            watch = _Watch(show, stop, lambda latents: known_so_far(latents, tokens), pipe.tokenizer, grid)
+            judged = {"num_candidates": candidates} if self.judges(decoding) else {}
+            if not judged and candidates not in (None, 1):
+                raise ValueError(f"no model chooses among candidates that are drawn with {decoding}: draw 1.")
+            watch = _Watch(show, stop, partial(progress, count=tokens), pipe.tokenizer, grid, self.calls(decoding))
             speculative = None
             if acceleration is not None:
                 speculative = ACCELERATIONS[acceleration](window=window, init="repeat_left")
@@ -221,10 +246,10 @@ class Studio:
                 output = pipe(
                     prompt,
                     num_images_per_prompt=count,
-                    num_candidates=candidates,
                     guidance_scale=guidance_scale,
                     generator=[torch.Generator().manual_seed(seed + index) for index in range(count)],
                     callback_on_step_end=watch,
+                    **judged,
                 )
                 seconds = time.perf_counter() - start - watch.pace.spent
             finally:
@@ -279,8 +304,9 @@ class Studio:
             redrawn = pipe.mask_to_cells(mask).flatten(1).to(self.device)
             known = pipe.encode_image(image)
 
-            def preview(latents: torch.Tensor) -> torch.Tensor:
-                return torch.where(redrawn, known_so_far(latents, known.shape[1]), known)
+            def preview(latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+                ids = torch.where(redrawn, known_so_far(latents, known.shape[1]), known)
+                return ids, ids >= 0
 
             watch = _Watch(show, stop, preview, pipe.tokenizer, grid)
             start = time.perf_counter()

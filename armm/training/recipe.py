@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -13,6 +14,22 @@ import yaml
 
 SCHEDULES = ("cosine", "flat_linear", "constant")
 PRECISIONS = ("no", "bf16", "fp16")
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads floats as YAML 1.2 does: with an exponent they need no point and no sign (`4e-4`, `1E3`, `1.e5`)."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$"),
+    list("-+.0123456789"),
+)
+
+
+def read_yaml(text: str) -> Any:
+    """The content of a YAML text; one that is not valid is a `yaml.YAMLError`."""
+    return yaml.load(text, Loader=_Loader)  # a SafeLoader
 
 
 @dataclass(frozen=True)
@@ -40,8 +57,14 @@ class OptimizerRecipe:
     clip: float = 1.0
 
     def __post_init__(self) -> None:
+        if not isinstance(self.betas, (list, tuple)):
+            raise ValueError(f"`optimizer.betas` must be two numbers in [0, 1), got {self.betas!r}.")
         object.__setattr__(self, "betas", tuple(self.betas))
         _choice("optimizer.schedule", self.schedule, SCHEDULES)
+        for name in ("learning_rate", "matrix_learning_rate", "weight_decay", "warmup_steps", "final_fraction", "clip"):
+            _number(f"optimizer.{name}", getattr(self, name))
+        for beta in self.betas:
+            _number("optimizer.betas", beta)
         if self.learning_rate <= 0:
             raise ValueError(f"`optimizer.learning_rate` must be positive, got {self.learning_rate}.")
         if self.matrix_learning_rate < 0:
@@ -142,7 +165,7 @@ def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None, ou
     if not path.is_file():
         raise FileNotFoundError(f"No recipe at {path}.")
     try:
-        content = yaml.safe_load(path.read_text())
+        content = read_yaml(path.read_text())
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
@@ -169,6 +192,11 @@ def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None, ou
         return Recipe(**{**values, "optimizer": OptimizerRecipe(**optimizer)})
     except TypeError as error:
         raise ValueError(f"{path.name}: {error}") from error
+
+
+def _number(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"`{name}` must be a number, got {value!r}.")
 
 
 def _choice(name: str, value: Any, allowed: Sequence[str]) -> None:

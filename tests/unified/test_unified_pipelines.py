@@ -147,6 +147,7 @@ def test_reading_is_deterministic_and_independent_of_the_batch(read, picture):
     hot = read([picture, turned], asked[0], temperature=2.0, generator=generators(4, 5)).texts
     assert hot[1] == read(turned, asked[0], temperature=2.0, generator=generators(5)).texts[0]
     assert all(word in VOCABULARY for text in together + captions + hot for word in text.split())
+    assert "".join(read.stream_chat(picture, asked[0])) == together[0]
 
 
 def test_reading_matches_teacher_forcing(read, picture):
