@@ -86,7 +86,8 @@ def start_masked_latents_from_unified(model: MaskedLatentModel, other: Autoregre
             f"`model.start` has {other.trunk.num_layers} blocks: encoder and decoder must have as many together, got "
             f"{[stack.num_layers for stack in model.stacks]}, and patch_size must be 1, got {model.patch_size}."
         )
-    theirs, stored = other.state_dict(), {}
+    theirs = other.state_dict()
+    stored: dict[str, Tensor] = {}
     first = 0
     for stack, layers in (("encoder", model.encoder.num_layers), ("decoder", model.decoder.num_layers)):
         for layer in range(layers):
