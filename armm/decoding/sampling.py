@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-
 # entries that top-p looks at first where it has many rows
 FEW = 32
 

@@ -63,7 +63,9 @@ class Speculative(Acceleration):
         if not isinstance(decoding, InterleavedDecoding):
             check_accelerated(decoding)
         elif isinstance(self.draft, DraftModel):
-            raise ValueError("a draft model cannot draft for sequences of text and images: use JacobiWindow or TokenRecycling")
+            raise ValueError(
+                "a draft model cannot draft for sequences of text and images: use JacobiWindow or TokenRecycling"
+            )
         self.draft.check(pipe.transformer)
         self.verifier.check(pipe.transformer, _codebook(pipe))
 
@@ -105,7 +107,9 @@ class JacobiSpeculative(Speculative):
     ) -> None:
         if rule not in RULES:
             raise ValueError(f"rule must be one of {RULES}, got {rule!r}")
-        super().__init__(draft or JacobiWindow(window, init, redraw=redraw), Verifier() if rule == "ratio" else MatchVerifier())
+        super().__init__(
+            draft or JacobiWindow(window, init, redraw=redraw), Verifier() if rule == "ratio" else MatchVerifier()
+        )
 
 
 class GroupedSpeculative(Speculative):
@@ -167,7 +171,9 @@ class RelaxedSpeculative(Speculative):
         draft: DraftSource | None = None,
         redraw: str = "fresh",
     ) -> None:
-        super().__init__(draft or JacobiWindow(window, init, redraw=redraw), RelaxedVerifier(delta, neighbours, bound, table))
+        super().__init__(
+            draft or JacobiWindow(window, init, redraw=redraw), RelaxedVerifier(delta, neighbours, bound, table)
+        )
 
 
 def _codebook(pipe: Any) -> Tensor | None:

@@ -150,7 +150,13 @@ class Verifier:
 
     def _couples(self, evidence: Evidence) -> bool:
         draft = evidence.draft
-        return evidence.coupled and evidence.do_sample and not self.wants_noise and draft is not None and draft.tree is None
+        return (
+            evidence.coupled
+            and evidence.do_sample
+            and not self.wants_noise
+            and draft is not None
+            and draft.tree is None
+        )
 
     def _coupled(
         self, evidence: Evidence, draft: Draft, p: Tensor, keeps: Tensor, within: Tensor | None
@@ -168,7 +174,9 @@ class Verifier:
         if within is not None:
             weights = torch.where(within[..., None, None], weights, mine)
             keeps, stays = keeps & within[..., None], stays & within[..., None]
-        instead, behind = inverse_draw(torch.cat([weights, p[:, count:]], dim=1), evidence.numbers.draw).split([count, 1], 1)
+        instead, behind = inverse_draw(torch.cat([weights, p[:, count:]], dim=1), evidence.numbers.draw).split(
+            [count, 1], 1
+        )
         draws = torch.cat([torch.where(stays, draft.tokens, instead), behind], dim=1)
         fronts = draws if exact else torch.cat([torch.where(keeps, draft.tokens, instead), behind], dim=1)
         if evidence.forced is None:
