@@ -2,7 +2,8 @@
 
 Two models: the shipped scenes weights, where pictures can be graded (prompt following read by the recogniser, Frechet distance of its
 features to fresh renders), and a LlamaGen-B-sized transformer with random weights, where only speed means anything; random weights
-are no model of images, so its drafts are taken as rarely as can be. ``--loosening`` sweeps the knobs of grouped and relaxed verification.
+are no model of images, so its drafts are taken as rarely as can be, and a few pictures say all there is to say. ``--loosening`` sweeps the
+knobs of grouped and relaxed verification on the scenes. Calls and seconds are of held-out prompts, drawn in turn by all ways of decoding.
 """
 
 from __future__ import annotations
@@ -21,14 +22,15 @@ import torch
 import armm
 from armm.decoding.next_token import NextTokenDecoding
 from armm.decoding.speculative import Speculative, TokenRecycling
-from armm.evaluation.text_to_image import text_to_image
+from armm.evaluation.common import fresh_scenes, sample_generator
+from armm.evaluation.text_to_image import heldout_prompts, text_to_image
 from armm.model import AutoregressiveModel
 from pipelines import LlamaGenPipeline
 from tokenizers_visual import VQTokenizer
 
-PROMPT = "a small red sphere to the left of a large blue cube"
-GROUPS = (0, 6, 14, 28)
+GROUPS = (0, 2, 6, 14)
 DELTAS = (0.0, 0.1, 0.2, 0.4)
+COUPLED: dict[str, Any] = {"init": "repeat_left", "redraw": "coupled"}
 
 
 def accelerations(window: int, sweep: bool) -> dict[str, Speculative | None]:
@@ -36,29 +38,28 @@ def accelerations(window: int, sweep: bool) -> dict[str, Speculative | None]:
     found: dict[str, Speculative | None] = {
         "next token": None,
         "SJD, exact": armm.JacobiSpeculative(window, init="repeat_left"),
+        "SJD, coupled": armm.JacobiSpeculative(window, **COUPLED),
         "SJD, same pictures": armm.JacobiSpeculative(window, init="repeat_left", rule="match"),
         "SJD, random drafts": armm.JacobiSpeculative(window),
         "token recycling, exact": armm.Speculative(TokenRecycling(min(window, 8))),
     }
-    groups, deltas = (GROUPS, DELTAS) if sweep else (GROUPS[2:3], DELTAS[1:2])
+    groups, deltas = (GROUPS, DELTAS) if sweep else (GROUPS[1:2], DELTAS[1:2])
     for size in groups:
-        grouped = armm.GroupedSpeculative(
-            window, size, p_threshold=0.5, distance_threshold=float("inf"), init="repeat_left"
-        )
-        found[f"GSD, groups of {size}"] = grouped
+        anywhere: dict[str, Any] = {"p_threshold": 0.5, "distance_threshold": float("inf")}
+        found[f"GSD, groups of {size}"] = armm.GroupedSpeculative(window, size, **anywhere, **COUPLED)
     for delta in deltas:
-        found[f"LANTERN, delta {delta:g}"] = armm.RelaxedSpeculative(window, delta, init="repeat_left")
+        found[f"LANTERN, delta {delta:g}"] = armm.RelaxedSpeculative(window, delta, **COUPLED)
     return found
 
 
-def scenes(device: str) -> Any:
+def scenes(device: str, dtype: torch.dtype) -> Any:
     """The shipped model, drawing one candidate: choosing among several would hide what each decoding does to a draw."""
-    pipe = armm.pipeline("text-to-image").to(device)
+    pipe = armm.pipeline("text-to-image", torch_dtype=dtype).to(device)
     pipe.register_generation_config({**pipe.config["generation_config"], "num_candidates": 1})
     return pipe
 
 
-def llamagen(device: str) -> LlamaGenPipeline:
+def llamagen(device: str, dtype: torch.dtype) -> LlamaGenPipeline:
     """LlamaGen-B at 256 pixels (111 M parameters, 16 x 16 tokens of 16384 codes) with random weights."""
     torch.manual_seed(0)
     trunk = {"dim": 768, "num_layers": 12, "num_heads": 12, "mlp_hidden": 2048, "rotary_axes": [32, 32]}
@@ -67,66 +68,102 @@ def llamagen(device: str) -> LlamaGenPipeline:
     )
     tokenizer = VQTokenizer(base_channels=32, encoder_multipliers=[1, 1, 1, 1, 1], decoder_multipliers=[1, 1, 1, 1, 1],
                             num_res_blocks=1, z_channels=32, codebook_size=16384, codebook_dim=8)  # fmt: skip
-    pipe = LlamaGenPipeline(tokenizer.eval(), model.eval(), NextTokenDecoding()).to(device)
+    pipe = LlamaGenPipeline(tokenizer.eval(), model.eval(), NextTokenDecoding()).to(device, dtype)
     pipe.fuse_projections()
     return pipe
 
 
-def timed(pipe: Any, request: dict[str, Any], batch: int, repeats: int) -> tuple[float, float]:
-    """Median seconds of a call and mean calls of the transformer for it, after one call to warm up."""
-    seconds, calls = [], []
+def switch(pipe: Any, acceleration: Speculative | None) -> None:
+    if acceleration is None:
+        pipe.disable_acceleration()
+    else:
+        pipe.enable_acceleration(acceleration)
+
+
+def timed(
+    pipe: Any, ways: dict[str, Speculative | None], requests: list[dict[str, Any]], batch: int, seed: int
+) -> dict[str, dict[str, Any]]:
+    """Median seconds and mean calls of the transformer of every way of decoding, over all `requests`, `batch` of them at a time.
+
+    All ways draw a picture one after the other before the next one's turn comes, each time beginning with another of them, so that
+    whatever else the machine does meets them alike.
+    """
     counted = 0
 
     def count(*_: Any) -> None:
         nonlocal counted
         counted += 1
 
+    def draw(first: int) -> None:
+        rows = requests[first : first + batch]
+        generators = [sample_generator(seed, first + row) for row in range(len(rows))]
+        pipe(**{name: [row[name] for row in rows] for name in rows[0]}, generator=generators, output_type="latent")
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+    names = list(ways)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    calls: dict[str, list[int]] = {name: [] for name in names}
+    tested, taken = dict.fromkeys(names, 0), dict.fromkeys(names, 0)
     handle = pipe.transformer.trunk.register_forward_hook(count)
     try:
-        for run in range(repeats + 1):
-            counted = 0
-            generators = [torch.Generator().manual_seed(1000 * run + row) for row in range(batch)]
-            start = time.perf_counter()
-            pipe(
-                **{name: [value] * batch for name, value in request.items()}, generator=generators, output_type="latent"
-            )
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - start)
-            calls.append(counted)
+        for name in names:
+            switch(pipe, ways[name])
+            draw(0)  # to warm up
+        for turn, first in enumerate(range(0, len(requests) - batch + 1, batch)):
+            for name in names[turn % len(names) :] + names[: turn % len(names)]:
+                switch(pipe, ways[name])
+                counted, start = 0, time.perf_counter()
+                draw(first)
+                seconds[name].append(time.perf_counter() - start)
+                calls[name].append(counted)
+                if ways[name] is not None:
+                    tested[name] += int(pipe.acceleration.statistics.tested.sum())
+                    taken[name] += int(pipe.acceleration.statistics.taken.sum())
     finally:
         handle.remove()
-    return statistics.median(seconds[1:]), statistics.mean(calls[1:])
+    return {
+        name: {
+            f"seconds_batch_{batch}": statistics.median(seconds[name]),
+            f"calls_batch_{batch}": statistics.mean(calls[name]),
+            f"acceptance_rate_batch_{batch}": taken[name] / max(tested[name], 1),
+        }
+        for name in names
+    }
 
 
-def measure(pipe: Any, request: dict[str, Any], options: argparse.Namespace, graded: bool) -> dict[str, dict[str, Any]]:
-    rows: dict[str, dict[str, Any]] = {}
-    for name, acceleration in accelerations(options.window, options.loosening).items():
-        if acceleration is None:
-            pipe.disable_acceleration()
-        else:
-            pipe.enable_acceleration(acceleration)
-        row: dict[str, Any] = {"loosening": None if acceleration is None else acceleration.loosening}
-        for batch in options.batches:
-            row[f"seconds_batch_{batch}"], row[f"calls_batch_{batch}"] = timed(pipe, request, batch, options.repeats)
-        if acceleration is not None and acceleration.statistics is not None:
-            row |= acceleration.statistics.summary()
-        if graded and options.prompts:
-            scores = text_to_image(pipe, prompts=options.prompts, seed=options.seed, progress=False)
-            kept = (
-                "prompt_accuracy",
-                "prompt_accuracy_standard_error",
-                "frechet_distance",
-                "frechet_distance_of_renders",
-            )
-            row |= {key: scores[key] for key in kept}
-            if acceleration is not None:
-                if options.maps is not None:
-                    options.maps.mkdir(parents=True, exist_ok=True)
-                    file = "".join(letter if letter.isalnum() else "-" for letter in name)
-                    acceleration.statistics.heat_map(24).save(options.maps / f"{file}.png")
-        rows[name] = row
-        print(f"  {name}: {row}", flush=True)
+def measure(
+    pipe: Any, requests: list[dict[str, Any]], options: argparse.Namespace, graded: bool
+) -> dict[str, dict[str, Any]]:
+    ways = accelerations(options.window, options.loosening and graded)
+    rows: dict[str, dict[str, Any]] = {
+        name: {"loosening": None if way is None else way.loosening, "pictures": len(requests)}
+        for name, way in ways.items()
+    }
+    for batch in options.batches:
+        if batch > len(requests):
+            print(f"  batch {batch}: left out, there are {len(requests)} pictures", flush=True)
+            continue
+        for name, figures in timed(pipe, ways, requests, batch, options.seed).items():
+            rows[name] |= figures
+            print(f"  {name}: {figures}", flush=True)
+    for name, acceleration in ways.items():
+        if not graded or not options.prompts:
+            break
+        switch(pipe, acceleration)
+        scores = text_to_image(pipe, prompts=options.prompts, seed=options.seed, progress=False)
+        kept = (
+            "prompt_accuracy",
+            "prompt_accuracy_standard_error",
+            "frechet_distance",
+            "frechet_distance_of_renders",
+        )
+        rows[name] |= {key: scores[key] for key in kept}
+        print(f"  {name}: {rows[name]}", flush=True)
+        if acceleration is not None and options.maps is not None:
+            options.maps.mkdir(parents=True, exist_ok=True)
+            file = "".join(letter if letter.isalnum() else "-" for letter in name)
+            acceleration.statistics.heat_map(24).save(options.maps / f"{file}.png")
     pipe.disable_acceleration()
     return rows
 
@@ -134,6 +171,7 @@ def measure(pipe: Any, request: dict[str, Any], options: argparse.Namespace, gra
 def table(rows: dict[str, dict[str, Any]], batches: list[int]) -> str:
     """The figures as a markdown table."""
     plain = rows["next token"]
+    batches = [batch for batch in batches if f"calls_batch_{batch}" in plain]
     graded = "prompt_accuracy" in plain
     heads = ["decoding"]
     for batch in batches:
@@ -188,33 +226,46 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=500, help="held-out prompts, 0 grades nothing (default: 500)")
     parser.add_argument("--seed", type=int, default=0, help="of the prompts and draws (default: 0)")
     parser.add_argument("--batches", type=int, nargs="+", default=[1], help="batch sizes to time (default: 1)")
-    parser.add_argument("--repeats", type=int, default=10, help="runs whose median counts (default: 10)")
+    parser.add_argument("--pictures", type=int, default=100, help="held-out prompts to time (default: 100)")
+    parser.add_argument(
+        "--llamagen-pictures", type=int, default=3, help="pictures of the random weights to time (default: 3)"
+    )
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of all ways (default: float32)"
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's)")
     parser.add_argument("--maps", type=Path, default=None, help="write heat maps of acceptance to this folder")
     parser.add_argument("--json", type=Path, default=None, help="write the figures to this file")
     parser.add_argument("--plot", type=Path, default=None, help="write a plot to this file (needs matplotlib)")
     options = parser.parse_args()
-    if options.window < 1 or options.prompts < 0 or options.repeats < 1:
-        parser.error("--window and --repeats must be at least 1, --prompts at least 0")
+    if min(options.window, options.pictures, options.llamagen_pictures) < 1 or options.prompts < 0:
+        parser.error("--window, --pictures and --llamagen-pictures must be at least 1, --prompts at least 0")
     if options.threads:
         torch.set_num_threads(options.threads)
 
     results: dict[str, dict[str, dict[str, Any]]] = {}
     for model in options.models:
-        pipe = scenes(options.device) if model == "scenes" else llamagen(options.device)
+        graded, dtype = model == "scenes", getattr(torch, options.dtype)
+        pipe = scenes(options.device, dtype) if graded else llamagen(options.device, dtype)
         pipe.set_progress_bar_config(disable=True)
-        request: dict[str, Any] = {"prompt": PROMPT} if model == "scenes" else {"class_labels": 207}
-        results[model] = measure(pipe, request, options, graded=model == "scenes")
-    print(f"{torch.get_num_threads()} threads, {options.device}, torch {torch.__version__}, window {options.window}\n")
+        requests: list[dict[str, Any]] = [{"class_labels": 207 + number} for number in range(options.llamagen_pictures)]
+        if graded:
+            captions = heldout_prompts(fresh_scenes(options.pictures, options.seed, "heldout"))
+            requests = [{"prompt": caption.text} for caption in captions]
+        results[model] = measure(pipe, requests, options, graded)
+    settings = f"{torch.get_num_threads()} threads, {options.device}, {options.dtype}"
+    print(f"{settings}, torch {torch.__version__}, window {options.window}\n")
     for model, rows in results.items():
-        print(f"{model}\n\n{table(rows, options.batches)}\n")
+        pictures = rows["next token"]["pictures"]
+        print(f"{model}, medians of {pictures} pictures\n\n{table(rows, options.batches)}\n")
     if options.plot is not None and "scenes" in results:
         plot(results["scenes"], options.batches[0], options.plot)
     if options.json is not None:
         record = {
             "window": options.window,
             "prompts": options.prompts,
+            "dtype": options.dtype,
             "threads": torch.get_num_threads(),
             "models": results,
         }

@@ -41,6 +41,18 @@ def test_top_p_keeps_up_to_the_crossing_entry(row, p):
     assert {i for i in range(len(row)) if out[i] > -math.inf} == kept
 
 
+@pytest.mark.parametrize("p", [0.05, 0.5, 0.9, 0.99])
+def test_top_p_of_many_rows_is_that_of_each(p: float) -> None:
+    """Rows together look at a few entries first, a row alone at all: flat rows need more than those few."""
+    torch.manual_seed(1)
+    for scale in (0.1, 1.0, 4.0):
+        logits = torch.randn(3, 5, 300) * scale
+        logits[0, 0, 40:] = -math.inf
+        together = top_p_filter(logits, p)
+        alone = torch.stack([top_p_filter(row, p) for row in logits.view(15, 300)]).view_as(logits)
+        assert torch.equal(together, alone)
+
+
 def test_filters_apply_in_order_and_keep_at_least_one():
     logits = torch.tensor([[3.0, 2.0, 1.0, 0.0]])
     sampler = Sampler(temperature=0.5, top_k=3, top_p=0.9)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from armm.decoding.guidance import Guidance
 from armm.decoding.next_token import NextTokenDecoding
 from armm.decoding.sampling import Sampler
 from armm.decoding.speculative import (
+    Draft,
     DraftModel,
     DraftTree,
     GroupedVerifier,
@@ -21,12 +23,15 @@ from armm.decoding.speculative import (
     MatchVerifier,
     MedusaDrafts,
     MedusaHeads,
+    Numbers,
     RelaxedVerifier,
     SpeculativeDecoding,
     TokenRecycling,
     TypicalVerifier,
     Verifier,
 )
+from armm.decoding.speculative.stream import WindowStream
+from armm.decoding.speculative.verify import Evidence
 from armm.decoding.token_shuffle import TokenShuffleDecoding
 from armm.model import AutoregressiveModel
 
@@ -46,6 +51,7 @@ def sources(model: AutoregressiveModel, small: AutoregressiveModel | None = None
     found: dict[str, object] = {
         f"jacobi {init}": JacobiWindow(5, init) for init in ("random", "repeat_left", "likeliest_left", "repeat_above")
     }
+    found["jacobi coupled"] = JacobiWindow(5, "repeat_left", redraw="coupled")
     found |= {"recycling": TokenRecycling(4), "recycling tree": TokenRecycling(tree=TREE)}
     found |= {"medusa": MedusaDrafts(heads_for(model)), "medusa tree": MedusaDrafts(heads_for(model), TREE)}
     if small is not None:
@@ -119,7 +125,8 @@ class TinyRuns:
         trunk = {"dim": 16, "num_layers": 1, "num_heads": 1, "mlp_hidden": 16, "rotary_axes": [8, 8]}
         condition = {"type": "class", "num_classes": 2}
         self.model, self.small = (
-            AutoregressiveModel(vocab_size=4, transformer=trunk, condition=condition, grid=(1, 3)).eval() for _ in range(2)
+            AutoregressiveModel(vocab_size=4, transformer=trunk, condition=condition, grid=(1, 3)).eval()
+            for _ in range(2)
         )
         for model in (self.model, self.small):
             for parameter in model.parameters():
@@ -136,7 +143,9 @@ class TinyRuns:
         p = sampler.filter(guidance.combine(torch.cat([logits, null]))).softmax(-1)
         return p.gather(-1, ids[..., None])[..., 0].prod(1)
 
-    def counts(self, source: object, verifier: Verifier, sampler: Sampler, guidance: Guidance, runs: int) -> torch.Tensor:
+    def counts(
+        self, source: object, verifier: Verifier, sampler: Sampler, guidance: Guidance, runs: int
+    ) -> torch.Tensor:
         decoding = SpeculativeDecoding(NextTokenDecoding(), source, verifier)
         condition = self.model.condition(labels=torch.zeros(runs, dtype=torch.long))
         generator = torch.Generator().manual_seed(1)
@@ -149,7 +158,9 @@ TINY = TinyRuns()
 TINY_SOURCES = {
     **sources(TINY.model, TINY.small),
     "medusa": MedusaDrafts(heads_for(TINY.model, 2)),
-    "medusa tree": MedusaDrafts(heads_for(TINY.model, 2), DraftTree.from_paths([[0], [1], [2], [0, 0], [0, 1], [1, 0]])),
+    "medusa tree": MedusaDrafts(
+        heads_for(TINY.model, 2), DraftTree.from_paths([[0], [1], [2], [0, 0], [0, 1], [1, 0]])
+    ),
     "recycling tree": TokenRecycling(candidates=3, tree=DraftTree.from_paths([[0], [1], [0, 0], [0, 1], [1, 0]])),
 }
 SAMPLERS = [Sampler(), Sampler(temperature=0.7), Sampler(top_k=3), Sampler(top_p=0.8), Sampler(1.3, 3, 0.9)]
@@ -187,8 +198,12 @@ def test_loosened_verification_is_not_exact() -> None:
 # ------------------------------------------------------------------ rows, roll-back, other pipelines
 
 
-@pytest.mark.parametrize("verifier", [Verifier(), GroupedVerifier(), RelaxedVerifier(delta=0.3)], ids=lambda v: type(v).__name__)
-@pytest.mark.parametrize("name", ["jacobi random", "jacobi repeat_above", "recycling tree", "medusa", "draft model"])
+@pytest.mark.parametrize(
+    "verifier", [Verifier(), GroupedVerifier(), RelaxedVerifier(delta=0.3)], ids=lambda v: type(v).__name__
+)
+@pytest.mark.parametrize(
+    "name", ["jacobi random", "jacobi repeat_above", "jacobi coupled", "recycling tree", "medusa", "draft model"]
+)
 def test_a_row_does_not_depend_on_its_batch(name: str, verifier: Verifier) -> None:
     acceleration = armm.Speculative(SOURCES[name], verifier)
     batch = draw(acceleration, generator=generators(3))
@@ -208,6 +223,58 @@ def test_finished_rows_leave_the_batch() -> None:
     finally:
         handle.remove()
     assert sizes[0] == 3 and sizes == sorted(sizes, reverse=True) and sizes[-1] < 3
+
+
+@pytest.mark.parametrize(
+    "verifier",
+    [Verifier(), GroupedVerifier(3, vectors=torch.eye(6)), RelaxedVerifier(0.3, 3, vectors=torch.eye(6))],
+    ids=lambda v: type(v).__name__,
+)
+def test_coupled_redraws(verifier: Verifier) -> None:
+    """They are draws from the new distribution whatever the verifier, and stay what they were with probability 1 - (total variation)."""
+    generator, rows, slots, codes = torch.Generator().manual_seed(5), 20000, 1, 6
+    p, q = (torch.randn(3, slots, codes, generator=generator).mul(1.5).softmax(-1) for _ in range(2))
+    drafts = torch.stack(
+        [torch.multinomial(q[place, 0], rows, True, generator=generator) for place in range(2)], dim=1
+    )[..., None]
+    numbers = [torch.rand(rows, 3, slots, dtype=torch.float64, generator=generator) for _ in range(3)]
+    residual = torch.rand(rows, slots, dtype=torch.float64, generator=generator)
+    draft = Draft(drafts, q[:2].expand(rows, -1, -1, -1))
+    logits = p.log().expand(rows, -1, -1, -1)
+    evidence = Evidence(logits, draft, [3] * rows, Numbers(*numbers, residual), all_draws=True, coupled=True)
+    verdict = verifier(evidence)
+    for place in range(3):
+        share = torch.bincount(verdict.draws[:, place, 0], minlength=codes) / rows
+        assert torch.allclose(share, p[place, 0], atol=0.015)
+    same = (verdict.draws[:, :2, 0] == drafts[..., 0]).float().mean(0)
+    assert torch.allclose(same, torch.minimum(p[:2, 0], q[:2, 0]).sum(-1), atol=0.015)
+    # what follows the taken drafts is neither of them
+    stopped = verdict.accepted < 2
+    place = verdict.accepted[stopped]
+    assert not bool((verdict.next[stopped, 0] == drafts[stopped][torch.arange(len(place)), place, 0]).any())
+    if type(verifier) is Verifier:
+        rows_ = torch.arange(rows)
+        assert torch.equal(verdict.next[:, 0], verdict.draws[rows_, verdict.accepted, 0])
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_masks_of_level_windows(padded: bool) -> None:
+    """The mask that moves along with the window is the one made anew, also after a step back and for other lengths."""
+    model = PIPE.transformer
+    prefix = model.condition(torch.tensor([1, 2]))
+    prefix = replace(
+        prefix, embeds=prefix.embeds.expand(-1, 3, -1), mask=torch.tensor([[not padded, True, True], [True] * 3])
+    )
+    table = model.positions_for(model.image_index((4, 4), torch.device("cpu")), (4, 4))
+    stream = WindowStream(model, prefix, table[:3], table, spare=6)
+    embeds = torch.zeros(2, 1, model.trunk.dim)
+    for cached, count in ((0, 4), (2, 4), (6, 4), (3, 4), (9, 4), (10, 2), (11, 2), (11, 4)):
+        stream.start = stream.length + cached
+        mask = stream._chain_mask(count, embeds)
+        wanted = stream._mask([cached] * 2, count, None, torch.device("cpu"))
+        assert torch.equal((mask == 0).expand_as(wanted), wanted) and bool(
+            ((mask == 0) | (mask == float("-inf"))).all()
+        )
 
 
 def test_a_perfect_drafter_needs_few_calls() -> None:
@@ -231,7 +298,11 @@ def test_statistics_and_heat_map() -> None:
     assert set(statistics.summary()) == {"calls", "reduction", "mean_accepted_length", "acceptance_rate"}
 
 
-@pytest.mark.parametrize("source", [JacobiWindow(5), TokenRecycling(tree=TREE)], ids=["chain", "tree"])
+@pytest.mark.parametrize(
+    "source",
+    [JacobiWindow(5), JacobiWindow(5, redraw="coupled"), TokenRecycling(tree=TREE)],
+    ids=["chain", "coupled", "tree"],
+)
 def test_given_codes_stay(source: object) -> None:
     latents = draw(None, generator=generators(3))
     latents[:, 5:9] = -1
@@ -282,20 +353,30 @@ def test_token_shuffle_accepts_by_fused_token() -> None:
     torch.manual_seed(2)
     trunk = {"dim": 32, "num_layers": 2, "num_heads": 2, "mlp_hidden": 48, "rotary_axes": [8, 8]}
     condition = {"type": "class", "num_classes": 10}
-    model = AutoregressiveModel(vocab_size=6, transformer=trunk, condition=condition, grid=(4, 4), shuffle={"window": 2}).eval()
+    model = AutoregressiveModel(
+        vocab_size=6, transformer=trunk, condition=condition, grid=(4, 4), shuffle={"window": 2}
+    ).eval()
     decoding, labels = TokenShuffleDecoding(2), torch.tensor([1, 2])
     call = {"null_condition": model.null_condition(2), "guidance": Guidance(2.0)}
-    for source in (JacobiWindow(3), DraftModel(model, 3)):
+    for source in (JacobiWindow(3), JacobiWindow(3, redraw="coupled"), DraftModel(model, 3)):
         exact, match = (SpeculativeDecoding(decoding, source, verifier) for verifier in (Verifier(), MatchVerifier()))
         greedy = Sampler(do_sample=False)
         plain = decoding(model, model.condition(labels), sampler=greedy, **call).ids
-        assert torch.equal(exact(model, model.condition(labels), sampler=greedy, noise=generators(2), **call).ids, plain)
+        assert torch.equal(
+            exact(model, model.condition(labels), sampler=greedy, noise=generators(2), **call).ids, plain
+        )
         plain = decoding(model, model.condition(labels), noise=generators(2), **call).ids
         assert torch.equal(match(model, model.condition(labels), noise=generators(2), **call).ids, plain)
         assert match.statistics.units == 4 and match.statistics.acceptance_map().shape == (4, 4)
     assert exact.statistics.calls <= 4
     perfect = SpeculativeDecoding(decoding, DraftModel(model, 4), Verifier())
-    perfect(model, model.condition(labels), noise=generators(2), guidance=Guidance(2.0), null_condition=model.null_condition(2))
+    perfect(
+        model,
+        model.condition(labels),
+        noise=generators(2),
+        guidance=Guidance(2.0),
+        null_condition=model.null_condition(2),
+    )
     assert perfect.statistics.calls == 2 and perfect.statistics.acceptance_rate == 1.0
 
 
@@ -307,6 +388,7 @@ def test_token_shuffle_accepts_by_fused_token() -> None:
     (lambda: armm.JacobiSpeculative(2.5), "window must be an integer >= 1"),
     (lambda: armm.JacobiSpeculative(init="zeros"), "init must be one of"),
     (lambda: armm.JacobiSpeculative(rule="guess"), "rule must be one of"),
+    (lambda: armm.GroupedSpeculative(redraw="never"), "redraw must be one of"),
     (lambda: armm.GroupedSpeculative(window=-1), "window must be"),
     (lambda: armm.GroupedSpeculative(group_size=-2), "group_size must be an integer >= 0"),
     (lambda: armm.GroupedSpeculative(p_threshold=-0.1), "p_threshold must be >= 0"),
@@ -334,7 +416,9 @@ def test_what_cannot_be_accelerated() -> None:
     with pytest.raises(ValueError, match="drawn one after the other.*MaskedTokenDecoding"):
         SpeculativeDecoding(MaskedTokenDecoding(), JacobiWindow(), Verifier())
     with pytest.raises(ValueError, match="does not fit"):
-        other = AutoregressiveModel(vocab_size=12, transformer={"dim": 16, "num_heads": 1, "num_layers": 1}, text_slots=2)
+        other = AutoregressiveModel(
+            vocab_size=12, transformer={"dim": 16, "num_heads": 1, "num_layers": 1}, text_slots=2
+        )
         PIPE.enable_acceleration(armm.Speculative(DraftModel(other)))
     with pytest.raises(ValueError, match="heads of 48 tokens on states of 8"):
         PIPE.enable_acceleration(armm.Speculative(MedusaDrafts(MedusaHeads(8, 48))))

@@ -150,14 +150,20 @@ class TokenStream:
         self.hook = hook
         self.model, self.trunk, self.prefix = model, model.trunk, prefix
         self.prefix_positions = prefix_positions
-        fed = following.length
         self.following = following
-        self.positions = [following[i : i + 1] for i in range(fed)]
+        self._positions: list[PositionTable] | None = None
         self.length = prefix.length
-        self.cache = self.trunk.allocate_cache(prefix.batch, self.length + fed + spare)
+        self.cache = self.trunk.allocate_cache(prefix.batch, self.length + following.length + spare)
         self.bias: Tensor | None = None
         self.num_calls = 0
         self.embed = model.embed
+
+    @property
+    def positions(self) -> list[PositionTable]:
+        """Of each of the tokens that follow the prefix by itself."""
+        if self._positions is None:
+            self._positions = [self.following[i : i + 1] for i in range(self.following.length)]
+        return self._positions
 
     def prefill(self) -> Tensor:
         """Run the prefix: hidden state of its last position [R, D]."""
@@ -171,7 +177,7 @@ class TokenStream:
             real = embeds.new_ones(embeds.shape[:2], dtype=torch.bool) if mask is None else mask
             full = prefix_mask(real, self.length, self.prefix.bidirectional)
         if mask is not None and padded:
-            tail = mask.new_ones(mask.shape[0], len(self.positions))
+            tail = mask.new_ones(mask.shape[0], self.following.length)
             self.bias = additive_mask(key_mask(torch.cat([mask, tail], dim=1)), self.cache.buffer.dtype)
         embeds, routes = embeds.to(self.trunk.dtype), self.prefix.routes
         return self._run(embeds, self.prefix_positions, full, full is None, routes)
@@ -203,6 +209,6 @@ class TokenStream:
         """Go on with the first `rows` rows only."""
         self.cache.narrow(rows)
         self.following = self.following.narrow(rows)
-        self.positions = [positions.narrow(rows) for positions in self.positions]
+        self._positions = None
         if self.bias is not None:
             self.bias = self.bias[:rows]

@@ -63,7 +63,9 @@ class Speculative(Acceleration):
         if not isinstance(decoding, InterleavedDecoding):
             check_accelerated(decoding)
         elif isinstance(self.draft, DraftModel):
-            raise ValueError("a draft model cannot draft for sequences of text and images: use JacobiWindow or TokenRecycling")
+            raise ValueError(
+                "a draft model cannot draft for sequences of text and images: use JacobiWindow or TokenRecycling"
+            )
         self.draft.check(pipe.transformer)
         self.verifier.check(pipe.transformer, _codebook(pipe))
 
@@ -90,15 +92,24 @@ class JacobiSpeculative(Speculative):
         init: what stands where no draft was yet: "random", "repeat_left", "likeliest_left" or "repeat_above".
         rule: "ratio" is distributed as plain sampling; "match" is the very result of plain sampling with the same generator, in a
             few more calls.
+        redraw: "fresh" (the authors'), or "coupled": drafts change from call to call no more than they must (MC-SJD, arXiv 2510.24211);
+            exact as well, and fewer calls.
         draft: another source in place of the Jacobi window.
     """
 
     def __init__(
-        self, window: int = 16, init: str = "random", rule: str = "ratio", draft: DraftSource | None = None
+        self,
+        window: int = 16,
+        init: str = "random",
+        rule: str = "ratio",
+        draft: DraftSource | None = None,
+        redraw: str = "fresh",
     ) -> None:
         if rule not in RULES:
             raise ValueError(f"rule must be one of {RULES}, got {rule!r}")
-        super().__init__(draft or JacobiWindow(window, init), Verifier() if rule == "ratio" else MatchVerifier())
+        super().__init__(
+            draft or JacobiWindow(window, init, redraw=redraw), Verifier() if rule == "ratio" else MatchVerifier()
+        )
 
 
 class GroupedSpeculative(Speculative):
@@ -113,7 +124,7 @@ class GroupedSpeculative(Speculative):
         distance_threshold: how far their vectors may be from the draft's, as squared distance.
         table: "embedding" (the transformer's input embedding, the authors' choice) or "codebook" (the tokenizer's vectors).
         distance_ids: only so many ids have vectors to be compared.
-        init: see `JacobiSpeculative`.
+        init, redraw: see `JacobiSpeculative`.
         draft: another source in place of the Jacobi window.
     """
 
@@ -127,9 +138,10 @@ class GroupedSpeculative(Speculative):
         distance_ids: int = 10000,
         init: str = "random",
         draft: DraftSource | None = None,
+        redraw: str = "fresh",
     ) -> None:
         verifier = GroupedVerifier(group_size, p_threshold, distance_threshold, distance_ids, table)
-        super().__init__(draft or JacobiWindow(window, init), verifier)
+        super().__init__(draft or JacobiWindow(window, init, redraw=redraw), verifier)
 
 
 class RelaxedSpeculative(Speculative):
@@ -144,7 +156,7 @@ class RelaxedSpeculative(Speculative):
         neighbours: how many of the nearest codes may lend (LANTERN's k).
         bound: "absolute" or "relative".
         table: "codebook" (the tokenizer's vectors, the authors' choice) or "embedding".
-        init: see `JacobiSpeculative`.
+        init, redraw: see `JacobiSpeculative`.
         draft: another source in place of the Jacobi window.
     """
 
@@ -157,8 +169,11 @@ class RelaxedSpeculative(Speculative):
         table: str = "codebook",
         init: str = "random",
         draft: DraftSource | None = None,
+        redraw: str = "fresh",
     ) -> None:
-        super().__init__(draft or JacobiWindow(window, init), RelaxedVerifier(delta, neighbours, bound, table))
+        super().__init__(
+            draft or JacobiWindow(window, init, redraw=redraw), RelaxedVerifier(delta, neighbours, bound, table)
+        )
 
 
 def _codebook(pipe: Any) -> Tensor | None:

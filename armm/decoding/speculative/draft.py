@@ -84,12 +84,14 @@ class DraftSource(ABC):
     """Where drafts come from: settings, and `start`, which sets to work.
 
     window: tokens that one call of the trunk takes at most, the last certain one among them.
-    tree: the shape of all its drafts, or None. draws: whether it needs a draw at every place of the window.
+    tree: the shape of all its drafts, or None. draws: whether it needs a draw at every place of the window. coupled: whether these are
+    to be the drafts again wherever that is possible.
     """
 
     window: int = 16
     tree: DraftTree | None = None
     draws: bool = False
+    coupled: bool = False
 
     def check(self, model: AutoregressiveModel) -> None:  # noqa: B027
         """Raises ValueError where it cannot draft for `model`."""

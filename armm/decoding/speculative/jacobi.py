@@ -11,6 +11,7 @@ from armm.decoding.speculative.draft import Draft, Drafting, DraftSource, Outcom
 from armm.decoding.speculative.stream import Target
 
 INITIALISATIONS = ("random", "repeat_left", "likeliest_left", "repeat_above")
+REDRAWS = ("fresh", "coupled")
 
 
 def initial_drafts(
@@ -48,6 +49,8 @@ class JacobiWindow(DraftSource):
     Args:
         window: tokens that one call takes: the last certain one and window - 1 drafts.
         init: what stands at a place when the window first reaches it, see `initial_drafts`.
+        redraw: how the drafts of the next window are drawn, "fresh" (SJD) or "coupled": a draft stays what it was as often as a draw from
+            the new distribution may, so that those behind it see the same as before (MC-SJD, arXiv 2510.24211; the ratio rule only).
         interval: (l, r): windows are used while at least l and fewer than r units were certain before the last call, and may reach
             up to r: the authors' count, which looks at the state before the last commit, with their margins. None: everywhere,
             up to the last unit and never beyond.
@@ -56,14 +59,21 @@ class JacobiWindow(DraftSource):
     window: int = 16
     init: str = "random"
     interval: tuple[int, int] | None = None
+    redraw: str = "fresh"
     draws = True
 
     def __post_init__(self) -> None:
         check_window(self.window)
         if self.init not in INITIALISATIONS:
             raise ValueError(f"init must be one of {INITIALISATIONS}, got {self.init!r}")
+        if self.redraw not in REDRAWS:
+            raise ValueError(f"redraw must be one of {REDRAWS}, got {self.redraw!r}")
         if self.interval is not None and not 0 <= self.interval[0] <= self.interval[1]:
             raise ValueError(f"interval must be two numbers 0 <= l <= r, got {self.interval}")
+
+    @property
+    def coupled(self) -> bool:  # type: ignore[override]
+        return self.redraw == "coupled"
 
     def start(self, target: Target) -> Drafting:
         return _Jacobi(self, target)
@@ -85,6 +95,12 @@ class _Jacobi(Drafting):
 
     def observe(self, outcome: Outcome) -> None:
         self.left = [length - kept for length, kept in zip(outcome.lengths, outcome.kept, strict=True)]
+        if len(self.left) == 1:
+            behind = slice(outcome.kept[0], outcome.lengths[0])
+            self.tokens, self.q = outcome.draws[:, behind], outcome.probabilities[:, behind]
+            if self.source.init == "likeliest_left":
+                self.likeliest = outcome.logits[:, outcome.lengths[0] - 1].argmax(-1)
+            return
         places = torch.tensor(outcome.kept, device=outcome.draws.device)[:, None]
         places = (places + torch.arange(max(max(self.left), 1), device=places.device)).clamp(
             max=outcome.draws.shape[1] - 1
@@ -106,6 +122,8 @@ class _Jacobi(Drafting):
         held = [min(left, length - 1) for left, length in zip(self.left, window.lengths, strict=True)]
         if min(held) >= count:
             return Draft(self.tokens[:, :count], self.q[:, :count])
+        if batch == 1 and self.source.init == "repeat_left":
+            return self._repeated(window, held[0], count)
         tokens = window.codes.new_zeros(batch, count, slots)
         q = torch.zeros(batch, count, slots, vocabulary, device=device)
         have = min(max(held), count)
@@ -116,6 +134,24 @@ class _Jacobi(Drafting):
         tokens = torch.where(fresh[:, :, None], new, tokens)
         certain = torch.zeros_like(q).scatter_(-1, tokens.clamp(0, vocabulary - 1)[..., None], 1.0)
         return Draft(tokens, torch.where(fresh[:, :, None, None], certain, q))
+
+    def _repeated(self, window: Window, held: int, count: int) -> Draft:
+        """What `propose` makes of one row with init="repeat_left", in fewer steps."""
+        done, columns, slots = window.done[0], self.target.columns, self.target.slots
+        old = self.tokens[:, :held]  # type: ignore[index]
+        last = old[:, -1:] if held else window.codes[:, done - 1 : done]
+        new = last.expand(-1, count - held, -1)
+        first = done + held
+        if first % columns + count - held > columns or first % columns == 0:
+            low, high = self.target.random_range
+            random = (low + window.numbers.draft[:, : count - held] * (high - low)).long()
+            starts = [number % columns == 0 for number in range(first, done + count)]
+            new = torch.where(torch.tensor(starts, device=new.device)[:, None], random, new)
+        q = torch.zeros(1, count, slots, self.target.vocabulary, device=old.device)
+        if held:
+            q[:, :held] = self.q[:, :held]  # type: ignore[index]
+        q[:, held:].scatter_(-1, new.clamp(0, self.target.vocabulary - 1)[..., None], 1.0)
+        return Draft(torch.cat([old, new], dim=1), q)
 
     def _initial(self, window: Window, tokens: Tensor, held: list[int]) -> Tensor:
         target, scheme, count = self.target, self.source.init, tokens.shape[1]

@@ -63,20 +63,23 @@ def speculate(
             logits = target.prefill()
             tokens = codes.new_zeros(batch, 1, slots)
         else:
-            last = codes[torch.tensor(rows, device=device), torch.tensor(done, device=device) - 1]
+            if len(rows) == 1:
+                last = codes[rows[0], done[0] - 1][None]
+            else:
+                last = codes[torch.tensor(rows, device=device), torch.tensor(done, device=device) - 1]
             tokens = last[:, None] if draft is None else torch.cat([last[:, None], draft.tokens], dim=1)
             logits = target.forward(tokens, None if draft is None else draft.tree)
         tree = None if draft is None else draft.tree
-        numbers_of_units = target.unit_numbers(done, size, tree)
         evidence = Evidence(
             logits,
             draft,
             lengths,
             numbers,
             do_sample,
-            _known_at(known, rows, numbers_of_units),
+            None if known is None else _known_at(known, rows, target.unit_numbers(done, size, tree)),
             _noise_at(noise, rows, done, size, tree) if verifier.wants_noise and do_sample else None,
             source.draws,
+            source.coupled,
         )
         verdict = verifier(evidence)
         accepted: list[int] = verdict.accepted.tolist()  # the one exchange with the host
@@ -159,6 +162,13 @@ def _commit(
 ) -> None:
     """Write the taken drafts and the token after them."""
     device, count, units = codes.device, max(new), codes.shape[1]
+    if len(rows) == 1 and (draft is None or draft.tree is None):
+        row, first = codes[rows[0]], done[0]
+        if count > 1:
+            row[first : first + count - 1] = draft.tokens[0, : min(count - 1, units - first)]  # type: ignore[union-attr]
+        if first + count <= units:
+            row[first + count - 1] = verdict.next[0]
+        return
     tokens = verdict.next[:, None].expand(-1, count, -1)
     place = torch.arange(count, device=device)
     if count > 1:

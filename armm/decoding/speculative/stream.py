@@ -71,8 +71,10 @@ class Target:
         rows = concatenate([condition, *nulls]) if self.guided else condition
         index = model.image_index(grid, rows.embeds.device) if index is None else index
         self.units = index.shape[-1]
+        # windows that reach beyond the last unit are filled up there
+        fed = torch.cat([index, index[..., -1:].expand(*index.shape[:-1], spare)], dim=-1)
         self.stream = WindowStream(
-            model, rows, model.positions_for(prefix_index(model, rows), grid), model.positions_for(index, grid), spare
+            model, rows, model.positions_for(prefix_index(model, rows), grid), model.positions_for(fed, grid), spare
         )
         self.device = rows.embeds.device
         self.cached = [0] * self.batch  # units in the cache
@@ -164,12 +166,14 @@ class Target:
 
     def unit_numbers(self, starts: Sequence[int], length: int, tree: DraftTree | None = None) -> Tensor:
         """Numbers [B, L] of the units predicted by a window whose first token predicts unit starts[b]."""
+        if tree is None and len(starts) == 1:
+            return torch.arange(starts[0], starts[0] + length)[None]
         depths = torch.arange(length) if tree is None else torch.tensor(tree.depths)
         return torch.tensor(list(starts))[:, None] + depths
 
     def _logits(self, hidden: Tensor, starts: Sequence[int], tree: DraftTree | None) -> Tensor:
         units = self.unit_numbers(starts, hidden.shape[1], tree)
-        if self.guided and not self.guidance.covers(int(units.min())):  # type: ignore[union-attr]
+        if self.guided and not self.guidance.covers(min(starts)):  # type: ignore[union-attr]
             # for good: the null rows are not needed any more
             self.guided = False
             self.stream.narrow(self.batch)
@@ -188,6 +192,9 @@ class WindowStream(TokenStream):
         super().__init__(model, prefix, prefix_positions, following, spare=spare)
         self.real = prefix.mask if prefix.mask is not None and not bool(prefix.mask.all()) else None
         self.start = self.length  # where the last window was written
+        self._chain: Tensor | None = None  # what windows of rows that are level see of the cache
+        self._chain_start = 0  # from here on something is hidden
+        self._triangle: Tensor | None = None
 
     def feed_window(
         self, embeds: Tensor, cached: Sequence[int], tree: DraftTree | None = None, repeated: bool = False
@@ -195,20 +202,37 @@ class WindowStream(TokenStream):
         """Embeddings [R, L, D] behind the first cached[r] tokens after the prefix of every row: hidden states [R, L, D]."""
         count = embeds.shape[1]
         self.start = self.cache.length
-        level = min(cached) == max(cached)
+        level = tree is None and min(cached) == max(cached)
         last = self.following.length - 1
-        if level and tree is None and cached[0] + count - 1 <= last:
+        if level and cached[0] + count - 1 <= last:
             positions = self.following[cached[0] : cached[0] + count]
         else:
             depths = torch.arange(count) if tree is None else torch.tensor(tree.depths)
             places = (torch.tensor(list(cached))[:, None] + depths).clamp(max=last)
             positions = self.following.take(places.to(embeds.device))
-        if level and tree is None and self.real is None:
-            mask, causal = None, count > 1
+        if level:
+            mask = None if self.real is None and count == 1 else self._chain_mask(count, embeds)
         else:
-            mask, causal = self._mask(cached, count, tree, embeds.device), False
+            mask = self._mask(cached, count, tree, embeds.device)
         self.num_calls += 1
-        return self.trunk(embeds, positions=positions, mask=mask, causal=causal, cache=self.cache, repeated=repeated)
+        return self.trunk(embeds, positions=positions, mask=mask, cache=self.cache, repeated=repeated)
+
+    def _chain_mask(self, count: int, embeds: Tensor) -> Tensor:
+        """`_mask` of rows that are level, additive [1 or R, 1, L, keys]: one buffer for all windows of a length, whose last columns move
+        along."""
+        if self._chain is None or self._chain.shape[2] != count:
+            rows = 1 if self.real is None else len(self.real)
+            self._chain = embeds.new_zeros(rows, 1, count, self.cache.capacity)
+            if self.real is not None:
+                self._chain[..., : self.length].masked_fill_(~self.real[:, None, None], float("-inf"))
+            self._triangle = embeds.new_full((count, count), float("-inf")).triu_(1)
+            self._chain_start = self.start
+        if self._chain_start < self.start:
+            self._chain[..., self._chain_start : self.start].zero_()
+        end = self.start + count
+        self._chain[..., self.start : end].copy_(self._triangle)
+        self._chain_start = self.start
+        return self._chain[..., :end]
 
     def _mask(self, cached: Sequence[int], count: int, tree: DraftTree | None, device: torch.device) -> Tensor:
         """bool [R, 1, L, keys]: the real part of the prefix, the row's own tokens, and in the window what comes before."""
@@ -238,9 +262,11 @@ class WindowStream(TokenStream):
         """Go on with these rows only."""
         self.cache.reorder(rows)
         self.real = None if self.real is None else self.real[rows]
+        self._chain = None
         self.bias = None if self.bias is None else self.bias[rows]
         self.following = self.following.select(rows)
 
     def narrow(self, rows: int) -> None:
         super().narrow(rows)
+        self._chain = None
         self.real = None if self.real is None else self.real[:rows]

@@ -25,6 +25,7 @@ class Evidence:
     logits [B, L, S, V]: filtered, of what follows every token of the window; place 0 is the last certain token, place i draft i - 1.
     lengths: tokens of each row's window (drafts behind are not looked at). forced: int64 [B, L, S], what is known to follow, or -1.
     noise [B, L, S, V]: Exp(1) of the places, for verifiers with `wants_noise`. all_draws: draw at every place, not only where needed.
+    coupled: let these draws be the drafts with the greatest probability that leaves them draws from their distributions.
     """
 
     logits: Tensor
@@ -35,6 +36,7 @@ class Evidence:
     forced: Tensor | None = None
     noise: Tensor | None = None
     all_draws: bool = False
+    coupled: bool = False
 
 
 @dataclass
@@ -97,10 +99,14 @@ class Verifier:
             p = logits.softmax(-1)
         else:
             p = torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
-        draws = self._draws(evidence, p) if evidence.all_draws or self.wants_noise else None
+        draws = None
+        if self.wants_noise or (evidence.all_draws and not self._couples(evidence)):
+            draws = self._draws(evidence, p)
         if draft is None or draft.tokens.shape[1] == 0:
             rows = len(logits)
             nothing = torch.zeros(rows, dtype=torch.long, device=logits.device)
+            if draws is None and evidence.all_draws:
+                draws = self._draws(evidence, p)
             following = draws[:, 0] if draws is not None else self._draws(evidence, p, nothing)
             return Verdict(nothing, nothing[:, None], following, draws, p)
         judge = self._judge_chain if draft.tree is None else self._judge_tree
@@ -142,14 +148,62 @@ class Verifier:
             keeps = torch.where(forced >= 0, draft.tokens == forced, keeps)
         return keeps, acceptance
 
+    def _couples(self, evidence: Evidence) -> bool:
+        draft = evidence.draft
+        return (
+            evidence.coupled
+            and evidence.do_sample
+            and not self.wants_noise
+            and draft is not None
+            and draft.tree is None
+        )
+
+    def _coupled(
+        self, evidence: Evidence, draft: Draft, p: Tensor, keeps: Tensor, within: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """What stands at all places of a chain [B, L, S] if the first draft that is not taken stands there, and draws from p [B, L, S].
+
+        Every draft is kept where exact verification would take it and drawn from what it left otherwise, each place by itself: that is
+        a draw from p, and the draft again as often as can be (MC-SJD, arXiv 2510.24211). keeps: the drafts that this verifier takes.
+        """
+        count = draft.tokens.shape[1]
+        tokens, mine = draft.tokens.clamp(0, p.shape[-1] - 1), p[:, :count]
+        exact = type(self).acceptance is Verifier.acceptance
+        stays = keeps if exact else evidence.numbers.accept[:, 1 : count + 1] < plain_ratio(mine, draft.q, tokens)
+        weights = _nonzero(Verifier.residual(self, mine, draft.q, tokens), mine)
+        if within is not None:
+            weights = torch.where(within[..., None, None], weights, mine)
+            keeps, stays = keeps & within[..., None], stays & within[..., None]
+        instead, behind = inverse_draw(torch.cat([weights, p[:, count:]], dim=1), evidence.numbers.draw).split(
+            [count, 1], 1
+        )
+        draws = torch.cat([torch.where(stays, draft.tokens, instead), behind], dim=1)
+        fronts = draws if exact else torch.cat([torch.where(keeps, draft.tokens, instead), behind], dim=1)
+        if evidence.forced is None:
+            return fronts, draws
+        given = evidence.forced >= 0
+        return torch.where(given, evidence.forced, fronts), torch.where(given, evidence.forced, draws)
+
     def _judge_chain(self, evidence: Evidence, draft: Draft, p: Tensor, draws: Tensor | None) -> Verdict:
         count = draft.tokens.shape[1]
         keeps, acceptance = self._keeps(evidence, draft, p, draws)
-        drafts = torch.tensor(list(evidence.lengths), device=p.device) - 1
-        within = torch.arange(count, device=p.device) < drafts[:, None]
-        accepted = (keeps.all(-1) & within).long().cumprod(1).sum(1)
-        following = self._draws(evidence, p, accepted) if draws is None else draws[torch.arange(len(p)), accepted]
-        rows, place = torch.arange(len(p), device=p.device), accepted.clamp(max=count - 1)
+        drafts, within = None, None
+        whole = keeps.all(-1) if keeps.shape[-1] > 1 else keeps[..., 0]
+        if min(evidence.lengths) <= count:
+            drafts = torch.tensor(list(evidence.lengths), device=p.device) - 1
+            within = torch.arange(count, device=p.device) < drafts[:, None]
+            whole = whole & within
+        accepted = whole.long().cumprod(1).sum(1)
+        path = torch.arange(count + 1, device=p.device).expand(len(p), -1)
+        rows = torch.arange(len(p), device=p.device)
+        if self._couples(evidence):
+            fronts, draws = self._coupled(evidence, draft, p, keeps, within)
+            if type(self).residual is Verifier.residual:
+                following = fronts[rows, accepted]
+                return Verdict(accepted, path, following, draws, p, acceptance)
+        following = self._draws(evidence, p, accepted) if draws is None else draws[rows, accepted]
+        drafts = torch.full_like(accepted, count) if drafts is None else drafts
+        place = accepted.clamp(max=count - 1)
         rejected = (accepted < drafts)[:, None] & ~keeps[rows, place]
         if evidence.do_sample and not self.wants_noise:
             tokens = draft.tokens[rows, place]
@@ -162,7 +216,6 @@ class Verifier:
                 instead = torch.where(forced >= 0, forced, instead)
             kept = torch.where((accepted < drafts)[:, None], tokens, following)
             following = torch.where(rejected, instead, kept)
-        path = torch.arange(count + 1, device=p.device).expand(len(p), -1)
         return Verdict(accepted, path, following, draws, p, acceptance)
 
     def _judge_tree(self, evidence: Evidence, draft: Draft, p: Tensor, draws: Tensor | None) -> Verdict:
