@@ -97,7 +97,7 @@ def test_shipped_weights_are_small():
 
 def test_every_decoding_of_a_task_is_shipped_and_draws():
     offered = task_decodings("text-to-image")
-    assert offered[0] == "next_token" and {"neighboring", "token_shuffle", "next_x"} <= set(offered)
+    assert offered[0] == "next_token" and {"neighboring", "token_shuffle", "next_x", "masked_latents"} <= set(offered)
     for name in offered[1:]:
         pipe = armm.pipeline("text-to-image", decoding=name.replace("_", "-"))
         pipe.set_progress_bar_config(disable=True)
