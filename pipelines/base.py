@@ -146,6 +146,12 @@ class ARPipeline(DiffusionPipeline):
         with loading.atomic_directory(save_directory) as temporary:
             super().save_pretrained(str(temporary), *args, **kwargs)
 
+    def enable_sequential_cpu_offload(self, *args: Any, **kwargs: Any) -> None:
+        """Not supported: decoding asks parts of a model, and where they are, thousands of times. A ValueError."""
+        raise ValueError(
+            f"{type(self).__name__} cannot be offloaded layer by layer: use `enable_model_cpu_offload()`, or a smaller `dtype`."
+        )
+
     def fuse_projections(self) -> None:
         """Merges the transformer's projections for faster decoding; done after loading. Names of parameters do not change."""
         transformer = getattr(self, "transformer", None)

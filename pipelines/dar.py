@@ -70,7 +70,9 @@ class DARPipeline(LlamaGenPipeline):
         generation_config (`dict`, *optional*): settings of this checkpoint, see `generation_settings`.
     """
 
-    model_cpu_offload_seq = "transformer->tokenizer"
+    model_cpu_offload_seq = "transformer"
+    # It may be fed after every token, so it stays where the transformer is.
+    _exclude_from_cpu_offload: ClassVar[list[str]] = ["tokenizer"]
     _optional_components: ClassVar[list[str]] = []
     single_file_loader: ClassVar[str | None] = "armm.convert.dar"
     generation_settings: ClassVar[dict[str, Any]] = {

@@ -176,11 +176,7 @@ def shows_previews(call: Callable[[Any], Any]) -> Callable[[Any], Any]:
 DRAWING = [name for name, (_, call) in CASES.items() if call in (classes, text)]
 
 
-# Begins the tokenizer's decoding on the device of its weights, wherever they are.
-NOT_OFFLOADED = {"dar"}
-
-
-@pytest.mark.parametrize("name", sorted(CASES.keys() - NOT_OFFLOADED))
+@pytest.mark.parametrize("name", sorted(CASES))
 def test_offloaded_models_come_when_they_are_needed(name):
     make, call = CASES[name]
     pipe = make()
@@ -192,7 +188,7 @@ def test_offloaded_models_come_when_they_are_needed(name):
     check(found, expected)
 
 
-@pytest.mark.parametrize("name", [name for name in DRAWING if name not in NOT_OFFLOADED and "jacobi" not in name])
+@pytest.mark.parametrize("name", DRAWING)
 def test_offloaded_models_come_back_after_previews(name):
     make, call = CASES[name]
     pipe = make()

@@ -275,3 +275,8 @@ def test_number_types_are_checked(value):
 def test_unknown_settings_are_refused():
     with pytest.raises(ValueError, match="unknown `generation_config` key 'guidance'.*did you mean 'guidance_scale'"):
         class_pipeline(guidance=3.0)
+
+
+def test_layer_by_layer_offload_is_refused(pipe):
+    with pytest.raises(ValueError, match=r"LlamaGenPipeline cannot be offloaded layer by layer: use `enable_model_cpu_offload"):
+        pipe.enable_sequential_cpu_offload()

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from armm.decoding.base import wake
 from armm.decoding.speculative.chance import PlaceNoise, WindowNumbers
 from armm.decoding.speculative.draft import Draft, DraftSource, Outcome, Window
 from armm.decoding.speculative.statistics import SpeculativeStatistics
@@ -102,6 +103,7 @@ def speculate(
         before, done = done, [min(first + number, units) for first, number in zip(done, new, strict=True)]
         if callback is not None:
             replacement = callback(iteration, codes)
+            wake(target.model)  # the callback may have decoded a preview, which swaps models under offloading
             if replacement is not None:
                 codes = torch.where(codes >= 0, replacement.to(device), codes)
         for row, number in zip(rows, done, strict=True):
