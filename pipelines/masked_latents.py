@@ -66,7 +66,7 @@ class MaskedLatentPipeline(ContinuousPipeline):
         settings = self.check_settings(**given)
         model = self.transformer
         known = self.known_latents(image, latents, mask_image)
-        counts = {self.request_name: requests} | ({} if known is None else {"image": len(known[0])})
+        counts = {self.request_name: requests} | ({} if known is None else {"latents" if image is None else "image": len(known[0])})
         count = common_count(counts)
         rows = (torch.arange(count) % requests).repeat_interleave(num_images_per_prompt)
         batch, steps = len(rows), settings["num_inference_steps"]
@@ -134,7 +134,7 @@ class MaskedLatentPipeline(ContinuousPipeline):
                 f"{list(latents.shape) if isinstance(latents, torch.Tensor) else type(latents).__name__}."
             )
         tokens = model.patchify(latents.to(device).float())
-        count = common_count({"image": len(tokens), "mask_image": len(redraw)})
+        count = common_count({"latents" if image is None else "image": len(tokens), "mask_image": len(redraw)})
         return tokens.expand(count, -1, -1), ~redraw.expand(count, -1)
 
     def check_settings(self, **given: Any) -> dict[str, Any]:

@@ -281,7 +281,7 @@ def test_the_recipe_of_masked_autoregression_trains_and_its_export_draws_and_red
     redrawn = draw(prompts[0], 3, latents=both[1:], mask_image=mask)
     left = torch.arange(64).view(8, 8)[:, :4].flatten()
     assert torch.equal(redrawn[0, left], both[1, left]) and not torch.equal(redrawn, both[1:])
-    with pytest.raises(ValueError, match="3 prompts and 2 images"):
+    with pytest.raises(ValueError, match="`latents` has 2 entries for 3 images"):
         draw([*prompts, "a cone"], 1, 2, 3, latents=both, mask_image=mask)
 
 
