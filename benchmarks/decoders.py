@@ -142,12 +142,13 @@ def plot(rows: dict[str, dict[str, Any]], batch: int, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot, ticker
 
-    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(9, 4), layout="constrained")
+    axes.set_prop_cycle(color=pyplot.get_cmap("tab20").colors)
     for name, row in rows.items():
         x, y = 1000 * row[f"seconds_batch_{batch}"] / batch, 100 * row["prompt_accuracy"]
         spread = 100 * row["prompt_accuracy_standard_error"]
         axes.errorbar(x, y, yerr=spread, fmt="o", capsize=3, label=f"{name} ({row['calls']} calls)")
-    axes.legend(loc="lower left", fontsize=9)
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=9)
     axes.set_xlabel(f"milliseconds a picture (batch {batch})")
     axes.set_ylabel("prompts right, %")
     axes.set_xscale("log")
